@@ -1,0 +1,1 @@
+"""The embedded sample: moving handwritten digits (see README.md)."""

@@ -1,0 +1,1 @@
+"""Deployment targets, one a file, found by listing this folder."""

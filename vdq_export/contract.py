@@ -1,0 +1,47 @@
+"""What a pass is given and what it returns; the runner and the order live in pipeline.py.
+
+A pass module in passes/ has NAME, AFTER (names of passes that must precede it), a docstring with the algebra, and
+`run(graph, context) -> PassReport`. Passes are idempotent, write deterministic bytes, and do nothing to graphs they
+do not concern.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vdq_export.plan import Bin, QuantPlan
+from vdq_export.target_spec import TargetSpec
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """Inputs of a pass beside the graph. Float passes need none of them; bin-dependent passes need all."""
+
+    plan: QuantPlan | None = None
+    bin: Bin | None = None
+    spec: TargetSpec | None = None
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A planned or possible edit that was not made: where (layer or node) and why."""
+
+    where: str
+    why: str
+
+
+@dataclass
+class PassReport:
+    """What one pass did to one graph: `applied` counts edits, `details` says where each one landed."""
+
+    name: str
+    applied: int = 0
+    details: list[str] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
+
+    def did(self, detail: str) -> None:
+        self.applied += 1
+        self.details.append(detail)
+
+    def skip(self, where: str, why: str) -> None:
+        self.skipped.append(Skip(where, why))

@@ -1,0 +1,42 @@
+"""What a deployment target can do, as data. Each file in targets/ fills one of these in; solvers and passes read it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from vdq_export.plan import IntType
+
+
+class Capability(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of a target's table: what is (not) supported and how we know (`source`: documentation or trial, version)."""
+
+    subject: str
+    supported: bool
+    detail: str
+    source: str
+
+
+class TargetSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A target and, where it matters, the instruction set it is compiled for.
+
+    activation_dtype / weight_dtype map bits -> ONNX integer type. weight_qmax: largest |q| of an 8-bit weight (63 where the
+    kernel's 16-bit pair sum would saturate). min_rows: linears over fewer rows stay float. hand_off: standard ops only.
+    """
+
+    name: str
+    summary: str
+    isa: str
+    opset: Annotated[int, Meta(ge=19)] = 21
+    activation_dtype: dict[int, IntType]
+    weight_dtype: dict[int, IntType]
+    weight_qmax: dict[int, int]
+    min_rows: int = 2
+    dynamic: bool = False
+    hand_off: bool = False
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    isas: tuple[str, ...] = ()
+    table: tuple[Capability, ...] = ()
+    format: Literal[1] = 1
