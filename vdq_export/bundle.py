@@ -1,0 +1,184 @@
+"""Opens a bundle: nothing in it is trusted before its schema, its files and its references were checked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+import onnx
+from google.protobuf.message import DecodeError
+
+from vdq_export.errors import BundleError
+from vdq_export.manifest import MANIFEST, PLAN, REPORT, SCHEDULE, FileEntry, Manifest, safe_path
+from vdq_export.plan import Bin, QuantPlan
+from vdq_export.report.data import VerifyReport
+from vdq_export.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle folder. Make one with Bundle.open()."""
+
+    path: Path
+    manifest: Manifest
+    schedule: Schedule
+    plan: QuantPlan | None
+
+    @staticmethod
+    def open(path: str | Path, *, verify_hashes: bool = True) -> Bundle:
+        """Check and open the bundle at `path`; verify_hashes=False trusts contents and checks sizes only.
+
+        Raises BundleError naming the file that is missing, truncated, altered, or that points outside the bundle.
+        """
+        root = Path(path)
+        manifest_file = root / MANIFEST
+        if not manifest_file.is_file():
+            raise BundleError(f"{root} is not a bundle: no {MANIFEST}", hint="a bundle is the folder vdq-export writes")
+        if manifest_file.is_symlink():
+            raise BundleError(f"{manifest_file} is a link", hint="a bundle holds plain files only")
+        try:
+            manifest = Manifest.from_json(manifest_file.read_bytes(), str(manifest_file))
+            for entry in manifest.files:
+                _check_file(root, entry, verify_hashes)
+            schedule = Schedule.from_json(_read(root, manifest, SCHEDULE), str(root / SCHEDULE))
+            plan = None
+            if manifest.file(PLAN):
+                plan = QuantPlan.from_json(_read(root, manifest, PLAN), str(root / PLAN))
+        except OSError as error:
+            raise BundleError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
+        bundle = Bundle(root, manifest, schedule, plan)
+        for one in schedule.bins:
+            if manifest.file(one.graph) is None:
+                raise BundleError(f"{root / SCHEDULE}: graph {one.graph!r} is not in the bundle")
+        for entry in manifest.files:
+            if entry.path.endswith(".onnx"):
+                _check_references(root, manifest, entry.path)
+        return bundle
+
+    @cached_property
+    def report(self) -> VerifyReport | None:
+        """What `verify` found when the bundle was made, if it was run."""
+        if self.manifest.file(REPORT) is None:
+            return None
+        return VerifyReport.from_json(_read(self.path, self.manifest, REPORT), str(self.path / REPORT))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files listed in the manifest."""
+        return sum(entry.size for entry in self.manifest.files)
+
+    def graph_path(self, bin: int | Bin) -> Path:
+        """The .onnx file of a bin (its index or itself)."""
+        return self.path / self.schedule.bins[bin if isinstance(bin, int) else bin.index].graph
+
+    def attach(self, path: str, data: bytes) -> Bundle:
+        """Add or replace a file below report/; returns the bundle with it. Never leaves the bundle invalid."""
+        if not safe_path(path, str(self.path)).startswith("report/"):
+            raise BundleError(f"{path} cannot be changed", hint="only files below report/ may be added to a bundle")
+        others = tuple(entry for entry in self.manifest.files if entry.path != path)
+        try:
+            # The entry goes first and comes back last: killed in between, the bundle merely has no such file.
+            if len(others) != len(self.manifest.files):
+                self._replace(MANIFEST, msgspec.structs.replace(self.manifest, files=others).to_json())
+            self._replace(path, data)
+            entry = FileEntry(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+            entries = tuple(sorted((*others, entry), key=lambda one: one.path))
+            manifest = msgspec.structs.replace(self.manifest, files=entries)
+            self._replace(MANIFEST, manifest.to_json())
+        except OSError as error:
+            raise BundleError(f"cannot write {self.path / path}: {error.strerror or error}") from error
+        return Bundle(self.path, manifest, self.schedule, self.plan)
+
+    def _replace(self, path: str, data: bytes) -> None:
+        place = self.path / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        draft = place.with_name(f"{place.name}.{os.getpid()}.draft")
+        try:
+            with draft.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(place)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether `folder` holds a manifest of ours, of this format version or another; its files are not looked at."""
+    try:
+        head = msgspec.json.decode((folder / MANIFEST).read_bytes())
+    except (OSError, msgspec.DecodeError, RecursionError):
+        return False
+    return isinstance(head, dict) and head.get("kind") == "vdq-export bundle"
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_file(root: Path, entry: FileEntry, verify_hashes: bool) -> None:
+    place = root / entry.path
+    for part in [place, *place.parents]:
+        if part == root:
+            break
+        if part.is_symlink():
+            raise BundleError(f"{part} is a link", hint="a bundle holds plain files only")
+    if not place.is_file():
+        raise BundleError(f"{place} is missing", hint="copy the whole folder, or export again")
+    size = place.stat().st_size
+    if size != entry.size:
+        raise BundleError(f"{place} has {size} bytes instead of {entry.size}", hint="it is truncated or was changed")
+    if verify_hashes and hash_file(place) != entry.sha256:
+        raise BundleError(f"{place} was changed: its sha256 is not the manifest's", hint="copy it again, or export again")
+
+
+def _read(root: Path, manifest: Manifest, path: str) -> bytes:
+    if manifest.file(path) is None:
+        raise BundleError(f"{root / MANIFEST} lists no {path}")
+    return (root / path).read_bytes()
+
+
+def _check_references(root: Path, manifest: Manifest, graph: str) -> None:
+    """Every external-data reference of a graph stays inside its folder, in a file the manifest lists."""
+    origin = str(root / graph)
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString((root / graph).read_bytes())
+    except DecodeError as error:
+        raise BundleError(f"{origin} is not an ONNX model") from error
+    for tensor in _tensors(model.graph, model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        fields = {item.key: item.value for item in tensor.external_data}
+        # Checked before it is joined: no ".." can take it out of the graph's own folder.
+        location = safe_path(fields.get("location", ""), f"{origin}, initializer {tensor.name}")
+        entry = manifest.file(f"{graph.rpartition('/')[0]}/{location}".lstrip("/"))
+        if entry is None:
+            raise BundleError(f"{origin}, initializer {tensor.name}: {location} is not a file of the bundle")
+        offset, length = fields.get("offset", "0"), fields.get("length", "0")
+        if not (offset.isdecimal() and length.isdecimal() and int(offset) + int(length) <= entry.size):
+            raise BundleError(f"{origin}, initializer {tensor.name}: points outside {location}")
+
+
+def _tensors(graph: onnx.GraphProto, model: onnx.ModelProto | None = None) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    nodes = list(graph.node)
+    for function in model.functions if model else ():
+        nodes.extend(function.node)
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)

@@ -1,0 +1,260 @@
+"""The ONNX graph as passes see it; the only file that imports onnx_graphsurgeon.
+
+Names: a node is "<module path>/<Op>", its first output carries the node's name, an initializer the name of its parameter.
+A *linear* is, after the canonical passes, MatMul(x[..., K], W[K, N]) with an optional Add(bias[N]) behind it.
+
+Weights stay where they are: a Constant holds a numpy array that may be a view of a torch parameter or of a mapped file.
+`skeleton()` gives the graph without them (external-data placeholders) and the arrays beside it, so that nothing
+between trace and bundle ever copies the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from vdq_export.errors import PassError
+
+INLINE_BYTES = 1024  # smaller constants stay inside the .onnx file
+Array = np.ndarray[Any, Any]
+Node, Variable, Constant, Value = gs.Node, gs.Variable, gs.Constant, gs.Tensor
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear: y[..., N] = value[..., K] · weight[K, N] (+ bias[N])."""
+
+    name: str  # module path
+    matmul: Node
+    add: Node | None
+    value: Variable
+    weight: Constant
+    bias: Constant | None
+
+    @property
+    def output(self) -> Variable:
+        return (self.add or self.matmul).outputs[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, N)"""
+        rows, columns = self.weight.shape
+        return int(rows), int(columns)
+
+    @property
+    def rows(self) -> int:
+        """Tokens times batch: the product of the leading dimensions of `value`."""
+        return prod(self.value.shape[:-1])
+
+
+class Graph:
+    """A static-shape ONNX graph. `source` is the hash of the model's weights and signature it was traced from."""
+
+    def __init__(self, graph: gs.Graph, source: str = "") -> None:
+        self.gs = graph
+        self.source = source
+
+    @staticmethod
+    def from_proto(proto: onnx.ModelProto, arrays: Mapping[str, Array] | None = None, source: str = "") -> Graph:
+        """`arrays` supplies initializers whose data the proto leaves out."""
+        graph = gs.import_onnx(proto)
+        for name, tensor in graph.tensors().items():
+            if arrays and name in arrays and isinstance(tensor, gs.Constant):
+                tensor.values = arrays[name]
+        return Graph(graph, source)
+
+    @staticmethod
+    def load(path: Path) -> Graph:
+        """Read an .onnx file; external data is mapped, not read."""
+        proto = onnx.load(path, load_external_data=False)
+        arrays = {}
+        for tensor in proto.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                arrays[tensor.name] = _map_external(tensor, path.parent)
+        return Graph.from_proto(proto, arrays)
+
+    def skeleton(self) -> tuple[onnx.ModelProto, dict[str, Array]]:
+        """(proto with every large constant as an external-data placeholder, {name: array} of those constants)."""
+        self.check()
+        arrays: dict[str, Array] = {}
+        for tensor in self.constants():
+            # 4-bit constants go the same way whatever their size: graphsurgeon does not pack them.
+            if tensor.values.nbytes >= INLINE_BYTES or tensor.values.dtype.name in ("int4", "uint4"):
+                arrays[tensor.name] = tensor.values
+        swapped = [(t, t.values) for t in self.constants() if t.name in arrays]
+        try:
+            for tensor, values in swapped:
+                tensor.values = gs.ir.tensor.LazyValues(_placeholder(tensor.name, values))
+            proto = gs.export_onnx(self.gs)
+        finally:
+            for tensor, values in swapped:
+                tensor.values = values
+        return proto, arrays
+
+    def to_proto(self) -> onnx.ModelProto:
+        """The whole model in one proto; for small graphs (2 GB is protobuf's limit)."""
+        proto, arrays = self.skeleton()
+        for tensor in proto.graph.initializer:
+            if tensor.name in arrays:
+                full = onnx.numpy_helper.from_array(np.ascontiguousarray(arrays[tensor.name]), tensor.name)
+                tensor.CopyFrom(full)
+        return proto
+
+    def save(self, path: Path) -> None:
+        """One .onnx file with its constants inside up to 1 GiB, beside it in `<name>.data` above."""
+        large = sum(t.values.nbytes for t in self.constants()) > 2**30
+        extra = {"save_as_external_data": True, "location": path.name + ".data"} if large else {}
+        onnx.save_model(self.to_proto(), path, **extra)
+
+    def copy(self) -> Graph:
+        """Independent nodes and values, shared weight arrays."""
+        duplicate = Graph(self.gs.copy(), self.source)
+        duplicate.gs.producer_name = self.gs.producer_name
+        return duplicate
+
+    def hash(self) -> str:
+        """sha256 over structure and every constant."""
+        proto, arrays = self.skeleton()
+        digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
+        for name in sorted(arrays):
+            digest.update(np.ascontiguousarray(arrays[name]).view(np.uint8).data)
+        return digest.hexdigest()
+
+    def check(self) -> None:
+        """Raise PassError when two values share a name: exported, they would silently become one."""
+        seen: dict[str, Value] = {}
+        for node in self.gs.nodes:
+            for tensor in [*node.inputs, *node.outputs]:
+                if tensor.name and seen.setdefault(tensor.name, tensor) is not tensor:
+                    raise PassError(f"two values named {tensor.name!r} (one at node {node.name})")
+
+    def cleanup(self) -> None:
+        """Drop what no output needs; order each node right before its first reader's turn, else as it stood."""
+        self.gs.cleanup(remove_unused_node_outputs=False)
+        ordered: list[Node] = []
+        done: set[int] = set()
+        for root in list(self.gs.nodes):
+            stack = [root]
+            while stack:
+                node = stack[-1]
+                waiting = [m for t in node.inputs for m in t.inputs if id(m) not in done]
+                if id(node) in done or not waiting:
+                    if id(node) not in done:
+                        done.add(id(node))
+                        ordered.append(node)
+                    stack.pop()
+                else:
+                    stack.extend(reversed(waiting))
+        self.gs.nodes.clear()
+        self.gs.nodes.extend(ordered)
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> list[Node]:
+        return list(self.gs.nodes)
+
+    def constants(self) -> Iterator[Constant]:
+        for tensor in self.gs.tensors().values():
+            if isinstance(tensor, gs.Constant):
+                yield tensor
+
+    def values(self) -> dict[str, Value]:
+        found: dict[str, Value] = self.gs.tensors()
+        return found
+
+    def linears(self) -> list[Linear]:
+        """Every linear, in graph order."""
+        return [found for node in self.gs.nodes if (found := as_linear(node)) is not None]
+
+    def attention_matmuls(self) -> list[Node]:
+        """MatMuls of two computed operands (QKᵀ and PV), in graph order."""
+        return [n for n in self.gs.nodes if n.op == "MatMul" and not any(isinstance(t, gs.Constant) for t in n.inputs)]
+
+    # -- editing -------------------------------------------------------------------------------------------------
+
+    def fresh(self, name: str) -> str:
+        """`name`, or the first of name_1, name_2 … that no value or node carries yet."""
+        taken = self.gs.tensors().keys() | {n.name for n in self.gs.nodes}
+        candidate, count = name, 0
+        while candidate in taken:
+            count += 1
+            candidate = f"{name}_{count}"
+        return candidate
+
+    def constant(self, name: str, values: Array) -> Constant:
+        """A new constant; `name` must be free (use fresh() where repeats are expected)."""
+        return gs.Constant(name, np.asarray(values))
+
+    def add_node(
+        self,
+        op: str,
+        inputs: Sequence[Value],
+        name: str,
+        *,
+        dtype: Any,
+        shape: Sequence[int] | None,
+        attrs: Mapping[str, Any] | None = None,
+        domain: str | None = None,
+    ) -> Variable:
+        """Append a node with one output that carries the node's name; returns that output. Call cleanup() afterwards."""
+        output = gs.Variable(name, dtype=dtype, shape=None if shape is None else list(shape))
+        node = gs.Node(op, name, dict(attrs or {}), list(inputs), [output], domain=domain)
+        self.gs.nodes.append(node)
+        return output
+
+    def replace_uses(self, old: Value, new: Value, keep: Sequence[Node] = ()) -> None:
+        """Let every reader of `old` except the nodes in `keep` read `new`; graph outputs too (they keep their name)."""
+        for node in list(old.outputs):
+            if not any(node is kept for kept in keep):
+                for index, tensor in enumerate(node.inputs):
+                    if tensor is old:
+                        node.inputs[index] = new
+        for index, tensor in enumerate(self.gs.outputs):
+            if tensor is old:
+                old.name, new.name = self.fresh(f"{old.name}/replaced"), old.name
+                self.gs.outputs[index] = new
+
+
+def as_linear(node: Node) -> Linear | None:
+    """The linear whose MatMul is `node`, or None."""
+    if node.op != "MatMul" or not isinstance(node.inputs[1], gs.Constant) or isinstance(node.inputs[0], gs.Constant):
+        return None
+    value, weight = node.inputs
+    if len(weight.shape) != 2:
+        return None
+    add, bias = None, None
+    readers = list(node.outputs[0].outputs)
+    if len(readers) == 1 and readers[0].op == "Add":
+        others = [t for t in readers[0].inputs if t is not node.outputs[0]]
+        if len(others) == 1 and isinstance(others[0], gs.Constant) and tuple(others[0].shape) == (weight.shape[1],):
+            add, bias = readers[0], others[0]
+    return Linear(node.name.rsplit("/", 1)[0], node, add, value, weight, bias)
+
+
+def is_constant(tensor: Value) -> bool:
+    return isinstance(tensor, gs.Constant)
+
+
+def _placeholder(name: str, values: Array) -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name=name, dims=values.shape, data_location=onnx.TensorProto.EXTERNAL)
+    tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", "unset"
+    return tensor
+
+
+def _map_external(tensor: onnx.TensorProto, folder: Path) -> Array:
+    entries = {e.key: e.value for e in tensor.external_data}
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return np.memmap(
+        folder / entries["location"], dtype=dtype, mode="r", offset=int(entries.get("offset", 0)), shape=tuple(tensor.dims)
+    )

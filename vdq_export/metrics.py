@@ -1,0 +1,77 @@
+"""How far two clips or tensors are apart, in numpy. Clips are [..., F, H, W]; decibels are infinite for equal inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+WINDOW = 7  # pixels of the SSIM window's edge
+K1, K2 = 0.01, 0.03
+
+
+def psnr_db(a: ArrayLike, b: ArrayLike, peak: float = 1.0) -> float:
+    """Peak signal-to-noise ratio 10·log10(peak² / mean((a−b)²)) over everything. Raises ValueError for unlike shapes."""
+    x, y = _pair(a, b)
+    return _decibels(peak**2, float(np.mean((x - y) ** 2)))
+
+
+def sqnr_db(reference: ArrayLike, other: ArrayLike) -> float:
+    """Signal-to-quantization-noise ratio 10·log10(Σ reference² / Σ (reference−other)²). Raises ValueError for unlike shapes.
+
+    0 / 0 (both are zero everywhere) counts as equal: infinite.
+    """
+    x, y = _pair(reference, other)
+    return _decibels(float(np.sum(x**2)), float(np.sum((x - y) ** 2)))
+
+
+def ssim(a: ArrayLike, b: ArrayLike, peak: float = 1.0) -> float:
+    """Mean structural similarity over all frames [..., H, W], 1 for equal ones.
+
+    Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment: from error visibility to structural similarity", IEEE
+    Trans. Image Processing 13(4), 2004, equation 13, with a uniform WINDOW x WINDOW window and unbiased (co)variances;
+    only windows that lie inside the frame count. Raises ValueError for unlike shapes or frames below WINDOW pixels.
+    """
+    x, y = _pair(a, b)
+    if x.ndim < 2 or min(x.shape[-2:]) < WINDOW:
+        raise ValueError(f"frames of shape {x.shape[-2:]}: need at least {WINDOW} x {WINDOW} pixels")
+    mean_x, mean_y = _window_mean(x), _window_mean(y)
+    unbiased = WINDOW**2 / (WINDOW**2 - 1)
+    var_x = unbiased * (_window_mean(x * x) - mean_x**2)
+    var_y = unbiased * (_window_mean(y * y) - mean_y**2)
+    covariance = unbiased * (_window_mean(x * y) - mean_x * mean_y)
+    c1, c2 = (K1 * peak) ** 2, (K2 * peak) ** 2
+    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
+        (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    )
+    return float(similarity.mean())
+
+
+def temporal_difference_error(a: ArrayLike, b: ArrayLike) -> float:
+    """Mean |Δa − Δb|, Δ the difference of successive frames: flicker that one frame does not show, 0 for equal motion.
+
+    Raises ValueError for unlike shapes or fewer than two frames.
+    """
+    x, y = _pair(a, b)
+    if x.ndim < 3 or x.shape[-3] < 2:
+        raise ValueError(f"shape {x.shape}: need [..., frames >= 2, height, width]")
+    return float(np.abs(np.diff(x, axis=-3) - np.diff(y, axis=-3)).mean())
+
+
+def _pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if x.shape != y.shape or not x.size:
+        raise ValueError(f"cannot compare shapes {x.shape} and {y.shape}")
+    return x, y
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0:
+        return float("inf")
+    return 10 * float(np.log10(signal / noise)) if signal > 0 else float("-inf")
+
+
+def _window_mean(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[..., H-6, W-6] mean of each WINDOW x WINDOW window."""
+    windows = np.lib.stride_tricks.sliding_window_view(x, (WINDOW, WINDOW), axis=(-2, -1))
+    means: NDArray[np.float64] = windows.mean((-2, -1))
+    return means

@@ -1,0 +1,51 @@
+"""onnxruntime sessions over graphs that are still in memory; weights are handed over, not copied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from vdq_export.graph import Array, Graph
+
+
+def session(
+    graph: Graph,
+    *,
+    outputs: Sequence[str] = (),
+    threads: int | None = None,
+    options: Mapping[str, str] | None = None,
+    optimised_path: str | None = None,
+) -> ort.InferenceSession:
+    """A CPU session of `graph`; `outputs` names inner values to return as well.
+
+    options: onnxruntime session config entries. optimised_path: write the optimised graph there.
+    """
+    proto, arrays = graph.skeleton()
+    declared = {o.name for o in proto.graph.output}
+    infos = {v.name: v for v in proto.graph.value_info}
+    for name in outputs:
+        if name not in declared:
+            proto.graph.output.append(infos.get(name, onnx.ValueInfoProto(name=name)))
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    if threads:
+        settings.intra_op_num_threads = threads
+    for key, value in (options or {}).items():
+        settings.add_session_config_entry(key, value)
+    if optimised_path:
+        settings.optimized_model_filepath = optimised_path
+    names = list(arrays)
+    values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(arrays[n])) for n in names]
+    settings.add_external_initializers(names, values)
+    return ort.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+
+
+def run(graph: Graph, feeds: Mapping[str, Array], outputs: Sequence[str] = (), **session_arguments: Any) -> dict[str, Array]:
+    """Run once; {name: array} of the graph's outputs and of the inner values named in `outputs`."""
+    made = session(graph, outputs=outputs, **session_arguments)
+    names = [o.name for o in made.get_outputs()]
+    return dict(zip(names, made.run(names, dict(feeds)), strict=True))

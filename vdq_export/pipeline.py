@@ -1,0 +1,69 @@
+"""The one ordered list of passes, checked at import against what each pass says must precede it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from vdq_export.contract import PassContext, PassReport
+from vdq_export.errors import PassError, UnknownNameError
+from vdq_export.graph import Graph
+
+CANONICAL = (
+    "fold_constants",  # first: everything after matches on shapes and constants that are really constant
+    "linear",  # one form for every linear, so that observers and plans can name them
+    "no_ops",  # exporter leftovers would hide the patterns below
+    "rotary",  # no ScatterND: SoC compilers refuse it and ORT spends a fifth of a step on it
+    "rms_norm",  # Div form: 16-bit Reciprocal is wrong on at least one SoC; and what targets fuse is recognised here
+)
+QUANTIZE = (
+    "smoothing",  # before QDQ: ranges in the plan are those after smoothing
+    "qdq",  # last of the standard rewrites: targets fuse around what it inserted
+)
+
+
+def load_pass(name: str) -> ModuleType:
+    """The pass module passes/NAME.py."""
+    known = (*CANONICAL, *QUANTIZE)
+    try:
+        return import_module(f"vdq_export.passes.{name}")
+    except ModuleNotFoundError as error:
+        raise UnknownNameError("pass", name, known) from error
+
+
+def check_order(order: Sequence[str], known_before: Sequence[str] = ()) -> None:
+    """Raise PassError when a pass stands before one it names in AFTER."""
+    done = list(known_before)
+    for name in order:
+        missing = [n for n in load_pass(name).AFTER if n not in done]
+        if missing:
+            raise PassError(f"pass {name} must come after {', '.join(missing)}")
+        done.append(name)
+
+
+def run_passes(
+    graph: Graph, order: Sequence[str], context: PassContext, *, dump: Callable[[str, Graph], None] | None = None
+) -> list[PassReport]:
+    """Run `order` on `graph` in place; `dump` sees the graph after each pass."""
+    reports = []
+    for name in order:
+        reports.append(load_pass(name).run(graph, context))
+        graph.check()
+        if dump:
+            dump(name, graph)
+    return reports
+
+
+def dump_to(folder: Path, wanted: str) -> Callable[[str, Graph], None]:
+    """A dump function that writes the graph after the pass `wanted` ("all": after each) into `folder`."""
+    if wanted != "all":
+        load_pass(wanted)
+
+    def dump(name: str, graph: Graph) -> None:
+        if wanted in ("all", name):
+            folder.mkdir(parents=True, exist_ok=True)
+            graph.save(folder / f"{name}.onnx")
+
+    return dump

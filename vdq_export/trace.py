@@ -1,0 +1,164 @@
+"""Model -> float ONNX graph: static shapes, opset 21, every value and initializer named by its module path.
+
+torch.export traces the module, torch.onnx lowers it without its optimizer (which merges equal initializers and so loses
+whose they are), and the values are renamed from the module stack each node carries. Weights are not copied: the graph's
+large constants are views of the module's own tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as ir_passes
+import torch
+from onnxscript.optimizer import fold_constants
+
+from vdq_export import ort
+from vdq_export.errors import TraceError
+from vdq_export.graph import INLINE_BYTES, Array, Graph
+from vdq_export.model import Model, first_tensor
+
+OPSET = 21
+OUTPUT = "sample"
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_PREFIX = "network"  # attribute name of the wrapped module; stripped from every name
+
+
+class _Wrapper(torch.nn.Module):
+    """The user's module with a single tensor as its output."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        return first_tensor(self.network(**inputs))
+
+
+def trace(model: Model, *, tolerance: float = 1e-4) -> Graph:
+    """The model's float graph, checked against the module on the example inputs.
+
+    tolerance: largest |difference| allowed, relative to the largest |output|. Raises TraceError when the module cannot be
+    exported or the graph does not agree with it.
+    """
+    intermediate = _export(model)
+    _name_by_module(intermediate)
+    arrays = _detach_weights(intermediate)
+    proto = ir.to_proto(intermediate)
+    proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    graph = Graph.from_proto(proto, arrays, source=model.weight_hash())
+    graph.cleanup()
+    error = float_error(graph, model)
+    if not error <= tolerance:
+        raise TraceError(
+            f"{model.name}: the traced graph differs from the module by {error:.2e} of its largest output (allowed {tolerance:.0e})",
+            hint="a module whose forward depends on data or randomness cannot be traced",
+        )
+    return graph
+
+
+def float_error(graph: Graph, model: Model) -> float:
+    """max|graph − module| / max|module| on the example inputs, both in float32."""
+    expected = model(**model.example_inputs).float().numpy()
+    names = {i.name for i in graph.gs.inputs}
+    feeds = {n: t.numpy() for n, t in model.example_inputs.items() if n in names}
+    actual = ort.run(graph, feeds)[OUTPUT]
+    scale = float(np.abs(expected).max()) or 1.0
+    return float(np.abs(actual - expected).max()) / scale
+
+
+def _export(model: Model) -> ir.Model:
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.export.export(_Wrapper(model.module), (), dict(model.example_inputs), strict=False)
+            exported = torch.onnx.export(
+                program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False, output_names=[OUTPUT]
+            )
+        except Exception as error:  # the exporters raise whatever their internals raise
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise TraceError(f"{model.name} cannot be exported by torch {torch.__version__}: {first_line}") from error
+    assert exported is not None
+    intermediate: ir.Model = exported.model
+    # Sequence ops (from split/unbind) have no place in a static graph; weights' transposes stay for the `linear` pass.
+    fold_constants(intermediate, onnx_shape_inference=False, should_fold=lambda n: False if n.op_type == "Transpose" else None)
+    for tidy in (ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True), ir_passes.IdentityEliminationPass(),
+                 ir_passes.RemoveUnusedNodesPass()):
+        tidy(intermediate)
+    return intermediate
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters print and warn about their own internals; errors still raise."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+
+
+def _module_path(node: ir.Node) -> str | None:
+    """The innermost module a node was traced in, from the scopes torch recorded; None where it recorded none."""
+    scopes = node.metadata_props.get(_SCOPES)
+    if scopes is None:
+        return None
+    parts = [p.strip().strip("'\"") for p in scopes.strip("[]").split(",")] if isinstance(scopes, str) else list(scopes)
+    return _strip(parts[-2]) if len(parts) > 1 else ""
+
+
+def _strip(name: str) -> str:
+    return "" if name == _PREFIX else name.removeprefix(_PREFIX + ".")
+
+
+def _name_by_module(model: ir.Model) -> None:
+    """Rename nodes to "<module path>/<Op>" and their first outputs alike; initializers to their parameter's path."""
+    taken: defaultdict[str, int] = defaultdict(int)
+    outputs = {id(value) for value in model.graph.outputs}
+    inputs = {value.name for value in model.graph.inputs}
+
+    def unique(name: str) -> str:
+        count = taken[name]
+        taken[name] += 1
+        return f"{name}_{count}" if count else name
+
+    for name in inputs:
+        taken[str(name)] = 1
+    for name, value in list(model.graph.initializers.items()):
+        if name.startswith(_PREFIX + "."):
+            value.name = unique(_strip(name))
+    for node in model.graph:
+        path = _module_path(node)
+        if path is None:  # made by a decomposition: it belongs where its first reader does
+            readers = [r for o in node.outputs for r in o.consumers()]
+            path = next((p for r in readers if (p := _module_path(r)) is not None), "")
+        node.name = unique(f"{path}/{node.op_type}".lstrip("/"))
+        for index, output in enumerate(node.outputs):
+            if id(output) not in outputs:
+                output.name = node.name if index == 0 else f"{node.name}:{index}"
+        for index, operand in enumerate(node.inputs):
+            if operand is not None and operand.is_initializer() and str(operand.name).startswith("val_"):
+                operand.name = unique(f"{node.name}.{index}")
+
+
+def _detach_weights(model: ir.Model) -> dict[str, Array]:
+    """Take large initializers out of the model: {name: array that shares the parameter's memory}."""
+    arrays: dict[str, Array] = {}
+    for name, value in model.graph.initializers.items():
+        tensor: Any = value.const_value
+        if tensor is None or tensor.nbytes < INLINE_BYTES:
+            continue
+        arrays[name] = tensor.numpy()
+        value.const_value = ir.ExternalTensor("unset", 0, 0, tensor.dtype, shape=tensor.shape, name=name)
+    return arrays
