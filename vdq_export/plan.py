@@ -85,6 +85,7 @@ class LayerPlan(_Data):
     weight: WeightPlan | None = None
     activation_dtype: IntType = "uint8"
     activation: tuple[Range, ...] = ()  # one per bin
+    smoothing_why: str = ""  # of a quantized layer: why smoothed so, or why not
 
     @property
     def quantized(self) -> bool:

@@ -1,0 +1,217 @@
+"""Timestep bins: which denoising steps share one set of activation parameters.
+
+Legend: S steps (distinct timesteps, descending), [i, j] a run of steps, both ends included. A *partition* lists the
+first step of each bin. The objective of a partition is the sum over its bins [i, j] of
+
+    cost[i, j] = Σ_tensors Σ_{t in i..j} E‖x − Q_ij(x)‖² / E‖x‖²        (E over the sampled rows of one timestep above,
+                                                                        of all timesteps below the fraction line)
+
+where Q_ij is the min-max quantizer of the run. Zero lies on every grid, so as long as nothing is clipped (min-max
+clips nothing) the error of a timestep depends on the grid's step Δ alone. It is measured on the sampled rows for a
+dozen Δ between the smallest and the largest any run gets, and interpolated in log Δ, log error. Recipes that clip
+(percentile, mse) refine ranges inside the bins chosen so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from vdq_export.calib.ranges import Grid, thin
+from vdq_export.calib.record import CalibrationRecord, Slot, ValueRecord
+from vdq_export.errors import RecipeError
+from vdq_export.graph import Array
+from vdq_export.plan import Bin, Branch
+
+AUTO_SLACK = 0.05  # `auto`: fewest bins whose objective is within this share of one bin a step
+CURVE_POINTS = 12
+CURVE_VALUES = 4096  # sampled values a slot
+_LEAST = 1e-30
+
+Tsw = int | Literal["auto", "all"]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A value that will be quantized, as bins see it: its grid and, where it has one, its smoothing [C]."""
+
+    value: ValueRecord
+    grid: Grid
+    smoothing: Array | None = None
+
+
+def choose(
+    record: CalibrationRecord, watched: Sequence[Watched], tsw: Tsw, *, optimal: bool = False, per_branch: bool = False
+) -> tuple[tuple[Bin, ...], str]:
+    """(bins in denoising order, why). With `per_branch`, each branch of the record gets `tsw` bins of its own.
+
+    Raises RecipeError for fewer than one bin or more bins than steps.
+    """
+    branches: list[Branch] = sorted({s.branch for s in record.slots}) if per_branch else ["any"]
+    bins: list[Bin] = []
+    reasons = []
+    for branch in branches:
+        slots = [i for i, s in enumerate(record.slots) if branch in ("any", s.branch)]
+        steps = sorted({record.slots[i].t for i in slots}, reverse=True)
+        starts, why = partition(steps, record.slots, slots, watched, tsw, optimal)
+        bins += make_bins(steps, starts, branch, first=len(bins))
+        reasons.append(why if branch == "any" else f"{branch}: {why}")
+    return tuple(bins), "; ".join(reasons)
+
+
+def partition(
+    steps: Sequence[float],
+    slots: Sequence[Slot],
+    use: Sequence[int],
+    watched: Sequence[Watched],
+    tsw: Tsw,
+    optimal: bool,
+) -> tuple[list[int], str]:
+    """(partition, why) of `steps`, looking at the slots numbered in `use`."""
+    check_count(tsw, len(steps))
+    if tsw == "all":
+        return list(range(len(steps))), f"one bin for each of {len(steps)} steps"
+    if tsw != "auto" and not optimal:
+        return even(len(steps), tsw), f"{tsw} even ranges over {len(steps)} steps"
+    cost = cost_table(steps, slots, use, watched)
+    best = optimal_partitions(cost)
+    finest = objective(cost, best[-1])
+    if tsw == "auto":
+        count = next(n for n, starts in enumerate(best, 1) if objective(cost, starts) <= (1 + AUTO_SLACK) * finest)
+        starts = best[count - 1]
+        rule = f"auto: {count} is the fewest bins within {AUTO_SLACK:.0%} of one bin a step"
+    else:
+        starts = best[tsw - 1]
+        rule = f"{tsw} bins with the least error"
+    against = objective(cost, even(len(steps), len(starts)))
+    return starts, (
+        f"{rule} (relative error summed over {len(watched)} values, {len(use)} timesteps: "
+        f"{objective(cost, starts):.3g}; even edges {against:.3g}, one bin {cost[0, -1]:.3g}, "
+        f"one bin a step {finest:.3g})"
+    )
+
+
+def check_count(tsw: Tsw, steps: int) -> None:
+    if isinstance(tsw, str):
+        if tsw not in ("auto", "all"):
+            raise RecipeError(f"--tsw {tsw}: not a number of time ranges", hint="give a number, auto or all")
+    elif tsw < 1:
+        raise RecipeError(f"--tsw {tsw}: at least one time range is needed", hint=f"choose 1 to {steps}, auto or all")
+    elif tsw > steps:
+        raise RecipeError(
+            f"--tsw {tsw}: more time ranges than the {steps} calibrated steps", hint=f"choose 1 to {steps}"
+        )
+
+
+def even(steps: int, count: int) -> list[int]:
+    """`count` runs whose lengths differ by one step at most."""
+    return [(steps * k) // count for k in range(count)]
+
+
+def make_bins(steps: Sequence[float], starts: Sequence[int], branch: Branch = "any", first: int = 0) -> list[Bin]:
+    """Contiguous bins; an edge lies midway between the steps it parts, the outer ends are the outermost steps."""
+    ends = [*starts[1:], len(steps)]
+    bins = []
+    for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        hi = steps[0] if start == 0 else (steps[start - 1] + steps[start]) / 2
+        lo = steps[-1] if end == len(steps) else (steps[end - 1] + steps[end]) / 2
+        bins.append(Bin(index=first + index, t=(lo, hi), steps=tuple(steps[start:end]), branch=branch))
+    return bins
+
+
+def bin_slots(one: Bin, slots: Sequence[Slot]) -> list[int]:
+    """Numbers of the slots a bin covers."""
+    inside = set(one.steps)
+    return [i for i, s in enumerate(slots) if s.t in inside and one.branch in ("any", s.branch)]
+
+
+# -- the objective ---------------------------------------------------------------------------------------------------
+
+
+def cost_table(steps: Sequence[float], slots: Sequence[Slot], use: Sequence[int], watched: Sequence[Watched]) -> Array:
+    """cost[i, j] for i ≤ j, [S, S]; infinite below the diagonal."""
+    at = {t: k for k, t in enumerate(steps)}
+    step_of = np.array([at[slots[i].t] for i in use])
+    total = np.zeros((len(steps), len(steps)))
+    for one in watched:
+        total += _value_cost(one, np.asarray(use), step_of, len(steps))
+    total[np.tril_indices(len(steps), -1)] = np.inf
+    return total
+
+
+def objective(cost: Array, starts: Sequence[int]) -> float:
+    """Sum of cost over the bins of a partition."""
+    ends = [*starts[1:], len(cost)]
+    return float(sum(cost[i, j - 1] for i, j in zip(starts, ends, strict=True)))
+
+
+def optimal_partitions(cost: Array) -> list[list[int]]:
+    """The partition with the least objective for every number of bins 1 … S. Dynamic programming, S² operations a bin.
+
+    best[n][j] = min over i of best[n−1][i−1] + cost[i, j]: least objective of n bins over steps 0 … j.
+    """
+    size = len(cost)
+    best = cost[0].copy()
+    came_from = [np.zeros(size, np.int64)]
+    partitions = [[0]]
+    for _ in range(1, size):
+        before = np.concatenate([[np.inf], best[:-1]])  # best of one bin fewer over steps 0 … i−1
+        reach = before[:, None] + cost
+        came_from.append(reach.argmin(axis=0))
+        best = reach.min(axis=0)
+        starts, end = [], size - 1
+        for choice in reversed(came_from):
+            starts.append(int(choice[end]))
+            end = starts[-1] - 1
+        partitions.append(starts[::-1])
+    return partitions
+
+
+def _value_cost(one: Watched, use: Array, step_of: Array, steps: int) -> Array:
+    """[S, S] cost of one value; entries below the diagonal mean nothing."""
+    lo, hi = one.value.lo[use], one.value.hi[use]
+    if one.smoothing is not None:
+        lo, hi = lo / one.smoothing, hi / one.smoothing
+    low, high = np.zeros(steps), np.zeros(steps)  # of each step, zero included
+    np.minimum.at(low, step_of, lo.min(axis=1))
+    np.maximum.at(high, step_of, hi.max(axis=1))
+    delta = (_running(low, np.minimum) * -1 + _running(high, np.maximum)) / one.grid.levels  # [S, S]
+    upper = np.triu_indices(steps)
+    if delta[upper].max() <= 0:
+        return np.zeros((steps, steps))
+    points = np.unique(np.geomspace(max(delta[upper].min(), _LEAST), delta[upper].max(), CURVE_POINTS))
+    curve, power = _error_curves(one, use, step_of, steps, points)
+    if power <= 0:
+        return np.zeros((steps, steps))
+    log_delta = np.log(np.maximum(delta, points[0]))
+    cost = np.zeros((steps, steps))
+    for t in range(steps):  # runs that contain step t: first ≤ t ≤ last
+        at = log_delta[: t + 1, t:]
+        cost[: t + 1, t:] += np.exp(np.interp(at, np.log(points), np.log(np.maximum(curve[t], _LEAST)))) / power
+    return cost
+
+
+def _running(ends: Array, fold: np.ufunc) -> Array:
+    """[S, S]: fold of ends[i … j] at [i, j], j ≥ i."""
+    table = np.zeros((len(ends), len(ends)))
+    for i in range(len(ends)):
+        table[i, i:] = fold.accumulate(ends[i:])
+    return table
+
+
+def _error_curves(one: Watched, use: Array, step_of: Array, steps: int, points: Array) -> tuple[Array, float]:
+    """(mean squared rounding error of each step at each Δ in `points`, summed over branches, [S, P]; mean square)."""
+    _, rows = one.value.linear()
+    curve = np.zeros((steps, len(points)))
+    power = 0.0
+    for slot, step in zip(use, step_of, strict=True):
+        sample = rows[slot] if one.smoothing is None else rows[slot] / one.smoothing
+        values = thin(sample, CURVE_VALUES)
+        power += float(np.square(values, dtype=np.float64).mean())
+        scaled = values[None, :] / points[:, None].astype(np.float32)
+        scaled -= np.rint(scaled)
+        curve[step] += np.square(scaled, dtype=np.float64).mean(axis=1) * points**2
+    return curve, power / len(use)
