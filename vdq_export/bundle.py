@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from vdq_export.errors import BundleError
 from vdq_export.manifest import MANIFEST, PLAN, REPORT, SCHEDULE, FileEntry, Manifest, safe_path
@@ -137,7 +137,7 @@ def _check_file(root: Path, entry: FileEntry, verify_hashes: bool) -> None:
     if size != entry.size:
         raise BundleError(f"{place} has {size} bytes instead of {entry.size}", hint="it is truncated or was changed")
     if verify_hashes and hash_file(place) != entry.sha256:
-        raise BundleError(f"{place} was changed: its sha256 is not the manifest's", hint="copy it again, or export again")
+        raise BundleError(f"{place} was changed: its sha256 is not the manifest's", hint="copy or export it again")
 
 
 def _read(root: Path, manifest: Manifest, path: str) -> bytes:

@@ -23,7 +23,18 @@ import psutil
 
 from vdq_export.bundle import Bundle, hash_file, is_bundle
 from vdq_export.errors import BundleError
-from vdq_export.manifest import MANIFEST, PLAN, REPORT, SCHEDULE, FileEntry, Manifest, safe_path, tool_versions
+from vdq_export.manifest import (
+    MANIFEST,
+    PLAN,
+    REPORT,
+    SCHEDULE,
+    FileEntry,
+    Manifest,
+    Signature,
+    TensorInfo,
+    safe_path,
+    tool_versions,
+)
 from vdq_export.plan import QuantPlan
 from vdq_export.report.data import VerifyReport
 from vdq_export.schedule import Schedule
@@ -59,7 +70,9 @@ class BundleWriter:
         self._store = WeightStore(self._folder / GRAPHS / WEIGHTS, WEIGHTS)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._closed = True
         if not self._committed:
             with suppress(OSError):  # closing flushes, and the disk may be full
@@ -157,6 +170,23 @@ class BundleWriter:
         _sync_folder(self.out.parent)
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def signature_of(model: onnx.ModelProto, timestep: str) -> Signature:
+    """Names, types and shapes of a graph's inputs and outputs. Raises BundleError for a dynamic shape."""
+    initialized = {tensor.name for tensor in model.graph.initializer}
+    inputs = tuple(_info(value) for value in model.graph.input if value.name not in initialized)
+    if timestep not in {one.name for one in inputs}:
+        raise BundleError(f"the graph has no timestep input {timestep!r}")
+    return Signature(inputs=inputs, outputs=tuple(_info(value) for value in model.graph.output), timestep=timestep)
+
+
+def _info(value: onnx.ValueInfoProto) -> TensorInfo:
+    kind = value.type.tensor_type
+    if not kind.HasField("shape") or not all(dim.HasField("dim_value") for dim in kind.shape.dim):
+        raise BundleError(f"the shape of {value.name!r} is not static")
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    return TensorInfo(name=value.name, dtype=str(dtype), shape=tuple(dim.dim_value for dim in kind.shape.dim))
 
 
 def _sibling(out: Path, purpose: str) -> Path:

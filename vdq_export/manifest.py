@@ -23,7 +23,7 @@ class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     pass
 
 
-class TensorInfo(_Data):
+class TensorInfo(_Data, frozen=True):
     """An input or output of the graphs; dtype is numpy's name ("float32", "bfloat16")."""
 
     name: str
@@ -31,7 +31,7 @@ class TensorInfo(_Data):
     shape: tuple[int, ...]
 
 
-class Signature(_Data):
+class Signature(_Data, frozen=True):
     """What every bin's graph takes and gives. `timestep` names the input that carries t."""
 
     inputs: tuple[TensorInfo, ...]
@@ -39,7 +39,7 @@ class Signature(_Data):
     timestep: str
 
 
-class ModelIdentity(_Data):
+class ModelIdentity(_Data, frozen=True):
     """`weight_hash` is Model.weight_hash(); `config` is what a pipeline may ask the transformer (patch_size, …)."""
 
     name: str
@@ -47,7 +47,7 @@ class ModelIdentity(_Data):
     config: dict[str, Any] = {}
 
 
-class FileEntry(_Data):
+class FileEntry(_Data, frozen=True):
     """A file of the bundle; `path` is relative, with forward slashes."""
 
     path: str
@@ -55,7 +55,7 @@ class FileEntry(_Data):
     sha256: Sha256
 
 
-class Manifest(_Data):
+class Manifest(_Data, frozen=True):
     """`session` holds the onnxruntime config entries that the graphs need to run as planned."""
 
     model: ModelIdentity
@@ -105,8 +105,8 @@ def safe_path(path: str, origin: str) -> str:
     Checked by both conventions, so that a bundle is equally safe on either kind of system.
     """
     posix, windows = PurePosixPath(path), PureWindowsPath(path)
-    outside = posix.is_absolute() or windows.drive or windows.root or ".." in posix.parts or "\\" in path or "\0" in path
-    if outside or str(posix) != path or path in ("", "."):
+    outside = posix.is_absolute() or windows.drive or windows.root or ".." in posix.parts
+    if outside or "\\" in path or "\0" in path or str(posix) != path or path in ("", "."):
         raise BundleError(f"{origin}: {path!r} is not a path inside the bundle")
     return path
 

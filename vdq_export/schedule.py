@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,22 +25,22 @@ class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     pass
 
 
-class StaticPolicy(_Data, tag_field="kind", tag="static"):
+class StaticPolicy(_Data, frozen=True, tag_field="kind", tag="static"):
     """The bin of a call depends on its timestep, branch and expert alone."""
 
 
 Policy = StaticPolicy  # `StaticPolicy | DeltaPolicy | …` when there are more: the `kind` key already tells them apart
 
 
-class When(_Data):
-    """The calls a bin is for: t = (lo, hi); `expert` names one network of a model that has several ("": the only one)."""
+class When(_Data, frozen=True):
+    """The calls a bin is for: t = (lo, hi); `expert` names one network of a model with several ("": the only one)."""
 
     t: tuple[float, float]
     branch: Branch = "any"
     expert: str = ""
 
 
-class ScheduledBin(_Data):
+class ScheduledBin(_Data, frozen=True):
     """One graph of the bundle (`graph`: its path there) and when it runs. `steps`: the calibrated t, descending."""
 
     graph: str
@@ -47,7 +48,7 @@ class ScheduledBin(_Data):
     steps: tuple[float, ...] = ()
 
 
-class Schedule(_Data, dict=True):
+class Schedule(_Data, frozen=True, dict=True):
     """All bins. `sampler` is what they were calibrated for; `uncalibrated` says what a timestep outside every bin gets.
 
     Raises ScheduleError when bins overlap, hold no timestep, or are missing altogether.
@@ -73,14 +74,18 @@ class Schedule(_Data, dict=True):
     def _check_overlap(self, candidates: Sequence[int]) -> None:
         # Two bins that start together overlap too, even when one is the single point lo == hi.
         ordered = sorted(candidates, key=lambda index: self.bins[index].when.t)
-        for left, right in zip(ordered, ordered[1:], strict=False):
+        for left, right in pairwise(ordered):
             (lo, hi), (start, _) = self.bins[left].when.t, self.bins[right].when.t
             if start < hi or start == lo:
                 raise ScheduleError(f"bins {left} and {right} overlap at t = {start}")
 
     @staticmethod
     def from_bins(
-        bins: Sequence[Bin], graphs: Sequence[str], *, sampler: dict[str, Any] | None = None, uncalibrated: Uncalibrated = "nearest"
+        bins: Sequence[Bin],
+        graphs: Sequence[str],
+        *,
+        sampler: dict[str, Any] | None = None,
+        uncalibrated: Uncalibrated = "nearest",
     ) -> Schedule:
         """The schedule of a plan's bins; `graphs[i]` is the bundle path of the graph of bins[i]."""
         if len(bins) != len(graphs):
@@ -126,7 +131,8 @@ class Schedule(_Data, dict=True):
         return sorted(self._candidates(branch, expert), key=lambda index: self.bins[index].when.t, reverse=True)
 
     def _candidates(self, branch: str, expert: str) -> list[int]:
-        return [i for i, one in enumerate(self.bins) if one.when.branch in (branch, "any") and one.when.expert in (expert, "")]
+        whens = enumerate(one.when for one in self.bins)
+        return [i for i, when in whens if when.branch in (branch, "any") and when.expert in (expert, "")]
 
     def _distance(self, index: int, t: float) -> float:
         lo, hi = self.bins[index].when.t
@@ -146,7 +152,7 @@ class Schedule(_Data, dict=True):
         if not self.__dict__.get("_warned"):
             self.__dict__["_warned"] = True  # once per schedule: a whole sampler outside the range is one mistake
             warnings.warn(
-                f"timestep {t:g} was not calibrated; using the nearest bin [{lo:g}, {hi:g}]. Further ones are not reported.",
+                f"timestep {t:g} was not calibrated; using the nearest bin [{lo:g}, {hi:g}] (said once)",
                 stacklevel=3,
             )
 

@@ -60,7 +60,7 @@ class WeightStore:
     def externalise(self, model: onnx.ModelProto, arrays: Mapping[str, Array]) -> None:
         """Move the initializers of `model` into the store; edits `model` in place.
 
-        Data comes from `arrays` by initializer name, else from the proto. Tensors below INLINE_BYTES end up inside the proto.
+        Data comes from `arrays` by initializer name, else from the proto. Tensors below INLINE_BYTES stay inside.
         Raises BundleError for a placeholder without an array and for an array of another shape or type.
         """
         for tensor in _initializers(model.graph):
@@ -180,7 +180,8 @@ def _check_type(tensor: onnx.TensorProto, array: Array) -> None:
 
 
 def _clear_data(tensor: onnx.TensorProto) -> None:
-    for field in ("raw_data", "external_data", "data_location", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
+    typed = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+    for field in ("raw_data", "external_data", "data_location", *typed):
         tensor.ClearField(field)
 
 

@@ -1,0 +1,63 @@
+"""report.json: what `verify` measured, as plain data. The keys are fixed: other people's tools read them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from vdq_export.errors import BundleError
+
+
+class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class JudgeScores(_Data, frozen=True):
+    """{measure: fraction right} of clips made by the float model and by the bundle."""
+
+    float_: dict[str, float] = msgspec.field(name="float")
+    quantized: dict[str, float]
+
+
+class KernelCount(_Data, frozen=True):
+    """Linears planned as integer, and those the runtime's optimised graphs really execute so."""
+
+    planned: int
+    executed: int
+
+
+class LayerQuality(_Data, frozen=True):
+    """SQNR (dB) of one layer's output in one bin against float; `worst_step` is the timestep where it is lowest."""
+
+    layer: str
+    bin: int
+    sqnr_db: float
+    worst_step: float
+
+
+class VerifyReport(_Data, frozen=True):
+    """The verdict, its measurements, and one line for each threshold missed. psnr_db: final clip against float."""
+
+    verdict: Literal["pass", "fail"]
+    bundle_bytes: int
+    integer_kernels: KernelCount
+    psnr_db: float | None = None
+    judge: JudgeScores | None = None
+    layers: tuple[LayerQuality, ...] = ()
+    failures: tuple[str, ...] = ()
+    format: Literal[1] = 1
+
+    def to_json(self) -> bytes:
+        """JSON, indented, ends in a newline. Raises BundleError for an infinite or NaN number: JSON has none."""
+        data = msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+        VerifyReport.from_json(data, "report")
+        return data
+
+    @staticmethod
+    def from_json(data: bytes, origin: str = "report.json") -> VerifyReport:
+        """Raises BundleError when `data` is not a report of this format."""
+        try:
+            return msgspec.json.decode(data, type=VerifyReport)
+        except (msgspec.ValidationError, msgspec.DecodeError, RecursionError) as error:
+            raise BundleError(f"{origin}: {error}") from error

@@ -1,0 +1,178 @@
+"""onnxruntime sessions of a bundle's graphs: weights in memory once, the next graph loaded before it is needed.
+
+Weights are mapped from the bundle's store and handed to every session as the same values. Two settings keep it that
+way: prepacking is off (each session would keep a repacked copy; matmuls over hundreds of rows pack as they go, at about
+3 % of their time), and all sessions allocate activations from one arena.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from vdq_export.errors import BundleError
+
+SHARING = {"session.disable_prepacking": "1", "session.use_env_allocators": "1"}
+CPU = "CPUExecutionProvider"
+
+_arena_lock = threading.Lock()
+_arena_registered = False
+
+
+class SharedWeights:
+    """The external initializers of a bundle's graphs as onnxruntime values, one per place in the store."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, np.ndarray[Any, Any]] = {}
+        self._values: dict[tuple[Path, int, int, tuple[int, ...]], ort.OrtValue] = {}
+        self._lock = threading.Lock()
+
+    def of_graph(self, graph: Path) -> dict[str, ort.OrtValue]:
+        """{initializer name: value} of one .onnx file; 4-bit ones are left to onnxruntime, which maps them itself."""
+        model = onnx.load(graph, load_external_data=False)
+        found = {}
+        for tensor in model.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+                if dtype.isbuiltin == 1:
+                    found[tensor.name] = self._value(tensor, dtype, graph.parent)
+        return found
+
+    def _value(self, tensor: onnx.TensorProto, dtype: np.dtype[Any], folder: Path) -> ort.OrtValue:
+        fields = {item.key: item.value for item in tensor.external_data}
+        file, offset, shape = folder / fields["location"], int(fields.get("offset", 0)), tuple(tensor.dims)
+        key = (file, offset, int(tensor.data_type), shape)
+        with self._lock:
+            if key not in self._values:
+                if file not in self._files:
+                    self._files[file] = np.memmap(file, dtype=np.uint8, mode="r")
+                length = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+                array = self._files[file][offset : offset + length].view(dtype).reshape(shape)
+                self._values[key] = ort.OrtValue.ortvalue_from_numpy(array)
+            return self._values[key]
+
+
+class SessionFactory:
+    """Makes the session of one .onnx file.
+
+    options: onnxruntime config entries; they win over SHARING. threads: of one operator; None lets onnxruntime choose.
+    """
+
+    def __init__(self, providers: Sequence[Any], options: Mapping[str, str], threads: int | None) -> None:
+        self._providers = list(providers)
+        self._weights = SharedWeights() if self._providers == [CPU] else None
+        shared = SHARING if self._weights else {}
+        self._options = {**shared, **options}
+        self._threads = threads
+
+    def __call__(self, graph: Path) -> ort.InferenceSession:
+        """Raises BundleError when onnxruntime refuses the graph or a setting."""
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
+        if self._threads:
+            settings.intra_op_num_threads = self._threads
+        try:
+            if self._options.get("session.use_env_allocators") == "1":
+                _share_arena()
+            for key, value in self._options.items():
+                settings.add_session_config_entry(key, value)
+            if self._weights:
+                for name, value in self._weights.of_graph(graph).items():
+                    settings.add_initializer(name, value)
+            return ort.InferenceSession(str(graph), settings, providers=self._providers)
+        except Exception as error:  # onnxruntime's exceptions share no base class but this one
+            raise BundleError(f"onnxruntime cannot load {graph}: {str(error).strip()}") from error
+
+
+def _share_arena() -> None:
+    """Give the process one arena for the sessions that ask for it; onnxruntime accepts one only."""
+    global _arena_registered
+    with _arena_lock:
+        if not _arena_registered:
+            where = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+            with suppress(RuntimeError):  # another library in this process registered one: that one is shared
+                ort.create_and_register_allocator(where, None)
+            _arena_registered = True
+
+
+@dataclass
+class Statistics:
+    """What running cost beside the graphs: `switches` counts changes of graph, `stall_seconds` the waits at them."""
+
+    calls: int = 0
+    loads: int = 0
+    switches: int = 0
+    stall_seconds: float = 0.0
+    longest_stall: float = 0.0
+    first_load_seconds: float = 0.0
+
+
+class SessionPool:
+    """Sessions by bin, loaded on background threads. Thread-safe; a session in use outlives its eviction."""
+
+    def __init__(self, load: Callable[[int], ort.InferenceSession]) -> None:
+        self._load = load
+        self._lock = threading.Lock()
+        self._futures: dict[int, Future[ort.InferenceSession]] = {}
+        # Two: a graph that is needed now does not queue behind one that was only expected.
+        self._executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="vdq-load")
+        self._closed = False
+        self.loads = 0
+
+    def prefetch(self, index: int) -> Future[ort.InferenceSession]:
+        """Start loading unless that has happened."""
+        with self._lock:
+            if self._closed:
+                raise BundleError("the transformer was closed")
+            future = self._futures.get(index)
+            if future is None:
+                future = self._futures[index] = self._executor.submit(self._load, index)
+                self.loads += 1
+            return future
+
+    def get(self, index: int) -> tuple[ort.InferenceSession, float]:
+        """The session and the seconds waited for it.
+
+        Raises BundleError when it does not load (the next call tries again) and after close().
+        """
+        start = time.perf_counter()
+        future = self.prefetch(index)
+        try:
+            session = future.result()
+        except CancelledError:  # dropped by another thread's keep() before it began
+            return self.get(index)
+        except BaseException:
+            with self._lock:
+                if future.done() and self._futures.get(index) is future:
+                    del self._futures[index]
+            raise
+        return session, time.perf_counter() - start
+
+    def keep(self, wanted: Iterable[int]) -> None:
+        """Drop every session that is not wanted any more."""
+        with self._lock:
+            for index in self._futures.keys() - set(wanted):
+                self._futures.pop(index).cancel()
+
+    @property
+    def loaded(self) -> list[int]:
+        """Bins held or being loaded, ascending."""
+        with self._lock:
+            return sorted(self._futures)
+
+    def close(self) -> None:
+        """Drop all sessions and end the threads; idempotent."""
+        with self._lock:
+            self._closed = True
+            self._futures.clear()
+        self._executor.shutdown(wait=True, cancel_futures=True)

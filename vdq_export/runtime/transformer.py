@@ -1,0 +1,201 @@
+"""A bundle that stands where a diffusers pipeline has its transformer.
+
+Needs onnxruntime and numpy; torch is imported only by who passes torch tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from vdq_export.bundle import Bundle
+from vdq_export.errors import BundleError
+from vdq_export.plan import Branch
+from vdq_export.runtime.batching import Array, batch_of, primary, run_batched, timesteps
+from vdq_export.runtime.session import SessionFactory, SessionPool, Statistics
+from vdq_export.schedule import Schedule
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Output(NamedTuple):
+    """What a call returns unless return_dict=False; `sample` is the predicted tensor."""
+
+    sample: Any
+
+
+class Config(dict[str, Any]):
+    """The transformer's configuration, read by key or by attribute."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the bundle's model has no setting {name!r}") from None
+
+
+class Transformer:
+    """Callable like the module the bundle was made from: keyword (or positional) tensors in, tensor out.
+
+    Torch tensors give a torch tensor of the first input's dtype and device, numpy arrays a numpy array. Each sample
+    runs on the graph of its timestep and of the guidance branch named by cache_context(). Thread-safe; close() it.
+    """
+
+    def __init__(self, bundle: Bundle, schedule: Schedule, factory: SessionFactory, *, prefetch: bool = True) -> None:
+        self.bundle = bundle
+        self.schedule = schedule
+        self.config = Config(bundle.manifest.model.config)
+        self._signature = bundle.manifest.signature
+        self._prefetch = prefetch
+        self._pool = SessionPool(lambda index: factory(bundle.graph_path(index)))
+        self._lock = threading.Lock()
+        self._current: dict[Branch, int] = {}
+        self._statistics = Statistics()
+        self._local = threading.local()
+
+    def __call__(self, *values: Any, return_dict: bool = True, **named: Any) -> Any:
+        """One step of the network. Inputs that the graphs do not have must be None, as diffusers passes them.
+
+        Raises BundleError for missing, unknown or misshapen inputs, ScheduleError when no graph is meant for the call.
+        """
+        inputs = self._named(values, named)
+        like = inputs[primary(self._signature).name]
+        arrays = {info.name: _to_numpy(inputs[info.name], info.dtype) for info in self._signature.inputs}
+        batch, name = batch_of(self._signature, arrays), self._signature.timestep
+        arrays[name], per_sample = timesteps(self._signature, arrays[name], batch)
+        branch: Branch = getattr(self._local, "branch", "any")
+        chosen = {t: self.schedule.select(t, branch) for t in dict.fromkeys(per_sample)}
+
+        def run(index: int, feeds: dict[str, Array]) -> Array:
+            result: Array = self._session(index, branch).run([self._signature.outputs[0].name], feeds)[0]
+            return result
+
+        result = _like(run_batched(self._signature, arrays, [chosen[t] for t in per_sample], run), like)
+        with self._lock:
+            self._statistics.calls += 1
+        return Output(result) if return_dict else (result,)
+
+    forward = __call__
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Calls inside are of guidance branch `name` ("cond" or "uncond"); any other name means a graph for both."""
+        before = getattr(self._local, "branch", "any")
+        self._local.branch = name if name in ("cond", "uncond") else "any"
+        try:
+            yield
+        finally:
+            self._local.branch = before
+
+    @property
+    def statistics(self) -> Statistics:
+        """A copy of the counts so far."""
+        with self._lock:
+            return Statistics(**{**vars(self._statistics), "loads": self._pool.loads})
+
+    @property
+    def loaded(self) -> list[int]:
+        """Bins whose graphs are in memory or on their way."""
+        return self._pool.loaded
+
+    @property
+    def dtype(self) -> torch.dtype:
+        import torch
+
+        found = getattr(torch, primary(self._signature).dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device("cpu")
+
+    def to(self, *_where: Any, **_how: Any) -> Transformer:
+        """Does nothing: the graphs are compiled for one place and precision."""
+        return self
+
+    def eval(self) -> Transformer:
+        return self
+
+    def close(self) -> None:
+        """Free graphs and threads; calls raise BundleError afterwards. Idempotent."""
+        self._pool.close()
+
+    def __enter__(self) -> Transformer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _named(self, values: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
+        names = [info.name for info in self._signature.inputs]
+        if len(values) > len(names):
+            raise BundleError(f"called with {len(values)} inputs, the graphs take {', '.join(names)}")
+        inputs = dict(zip(names, values, strict=False))
+        for name, value in named.items():
+            if name in inputs:
+                raise BundleError(f"input {name!r} was given twice")
+            if name in names:
+                inputs[name] = value
+            elif value is not None and value != {}:
+                raise BundleError(f"the graphs have no input {name!r}", hint=f"they take {', '.join(names)}")
+        missing = [name for name in names if inputs.get(name) is None]
+        if missing:
+            raise BundleError(f"input {missing[0]!r} is missing", hint=f"the graphs take {', '.join(names)}")
+        return inputs
+
+    def _session(self, index: int, branch: Branch) -> Any:
+        with self._lock:
+            before = self._current.get(branch)
+            self._current[branch] = index
+            wanted = set(self._current.values())
+            coming = [self._following(one, kind) for kind, one in self._current.items()] if self._prefetch else []
+        session, waited = self._pool.get(index)
+        if before != index:
+            with self._lock:
+                self._count(before, waited)
+            self._pool.keep(wanted.union(coming))
+            for one in coming:
+                self._pool.prefetch(one)
+        return session
+
+    def _following(self, index: int, branch: Branch) -> int:
+        # After the last bin the first: the next clip starts there.
+        following = self.schedule.next_bin(index, branch)
+        return self.schedule.order(branch)[0] if following is None else following
+
+    def _count(self, before: int | None, waited: float) -> None:
+        if before is None:
+            self._statistics.first_load_seconds += waited
+            return
+        self._statistics.switches += 1
+        self._statistics.stall_seconds += waited
+        self._statistics.longest_stall = max(self._statistics.longest_stall, waited)
+
+
+def _to_numpy(value: Any, dtype: str) -> Array:
+    if hasattr(value, "detach"):
+        tensor = value.detach().cpu()
+        if str(tensor.dtype) == "torch.bfloat16":  # numpy has no such type
+            tensor = tensor.float()
+        value = tensor.numpy()
+    return np.asarray(value, dtype=dtype)
+
+
+def _like(result: Array, like: Any) -> Any:
+    if not hasattr(like, "detach"):
+        return result
+    import torch
+
+    tensor = torch.from_numpy(result)
+    return tensor.to(like.device, like.dtype) if like.is_floating_point() else tensor.to(like.device)
