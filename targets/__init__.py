@@ -1,1 +1,27 @@
-"""Deployment targets, one a file, found by listing this folder."""
+"""Deployment targets, one a file or folder, found by listing this folder.
+
+A target module has NAME, PASSES (its own passes, after `qdq`), `spec(isa=None) -> TargetSpec`,
+`session_options(spec) -> dict` and `integer_layers(optimised_model, plan) -> {layer: bool}`.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+from types import ModuleType
+
+from vdq_export.errors import UnknownNameError
+
+
+def catalogue() -> dict[str, ModuleType]:
+    """Target name -> its module."""
+    modules = [import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+    return {module.NAME: module for module in modules}
+
+
+def load(name: str) -> ModuleType:
+    """Raises UnknownNameError with the nearest names."""
+    known = catalogue()
+    if name not in known:
+        raise UnknownNameError("target", name, known)
+    return known[name]

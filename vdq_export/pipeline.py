@@ -18,15 +18,17 @@ CANONICAL = (
     "rotary",  # no ScatterND: SoC compilers refuse it and ORT spends a fifth of a step on it
     "rms_norm",  # Div form: 16-bit Reciprocal is wrong on at least one SoC; and what targets fuse is recognised here
 )
-QUANTIZE = (
+SHARED = (
     "smoothing",  # before QDQ: ranges in the plan are those after smoothing
+)
+PER_BIN = (
     "qdq",  # last of the standard rewrites: targets fuse around what it inserted
 )
 
 
 def load_pass(name: str) -> ModuleType:
     """The pass module passes/NAME.py."""
-    known = (*CANONICAL, *QUANTIZE)
+    known = (*CANONICAL, *SHARED, *PER_BIN)
     try:
         return import_module(f"vdq_export.passes.{name}")
     except ModuleNotFoundError as error:

@@ -1,0 +1,79 @@
+"""vdq-export: the command. The export is the bare command; everything else is a subcommand, one file in commands/."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from vdq_export.errors import VdqError
+
+
+class BareExport(click.Group):
+    """A group whose default command is `export`: `vdq-export sample:digits --tsw 4` needs no verb."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {name for p in self.get_params(ctx) for name in p.opts}
+        if args and args[0] not in self.list_commands(ctx) and args[0] not in own:
+            args = ["export", *args]
+        return super().parse_args(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        from importlib import import_module  # a command's imports (torch, onnx) are paid when it runs
+
+        module, attribute = _COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(f"vdq_export.commands.{module}"), attribute)
+        return command
+
+
+_COMMANDS = {
+    "export": ("export", "export_command"),
+    "verify": ("verify", "verify_command"),
+    "run": ("run", "run_command"),
+    "plan": ("plan", "plan_command"),
+    "diff": ("diff", "diff_command"),
+    "inspect": ("inspect", "inspect_command"),
+    "recipes": ("catalogue", "recipes_command"),
+    "targets": ("catalogue", "targets_command"),
+}
+
+
+@click.group(cls=BareExport, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="vdq-export")
+def cli() -> None:
+    """Compile a video diffusion transformer into static quantized ONNX graphs, one a timestep bin.
+
+    \b
+      vdq-export --target ort-int8 --tsw 4          compile the embedded sample into ./bundle
+      vdq-export verify bundle                      compare it with the float model
+      vdq-export package.module:factory --out DIR   compile your own model
+
+    MODEL is sample:NAME or package.module:factory (a function that returns a vdq_export.Model).
+    """
+
+
+def main() -> None:
+    """Entry point: one line per error on stderr, exit code 2; Ctrl-C 130."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        code = error.exit_code
+    except click.Abort:
+        click.echo("interrupted; nothing was written", err=True)
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except VdqError as error:
+        click.echo(f"error: {error}", err=True)
+        code = error.exit_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""vdq-export [MODEL]: compile a model into a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from vdq_export import compiler, pipeline
+from vdq_export.bundle import Bundle
+from vdq_export.commands.options import machine_readable, planning, reporter, verbosity
+
+
+@click.command("export")
+@planning
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bundle"), show_default=True, help="Bundle folder to write.")
+@click.option("--force", is_flag=True, help="Replace a bundle at --out (never anything else).")
+@click.option("--strict", is_flag=True, help="Fail when a pass skips a planned edit.")
+@click.option("--dump-after", metavar="PASS", help="Also write the graph after this pass (or `all`) beside the bundle.")
+@machine_readable
+@verbosity
+def export_command(
+    model: str, bins: str, out: Path, dump_after: str | None, as_json: bool, verbose: int, quiet: bool, **choices: Any
+) -> None:
+    """Compile MODEL for a target and write a bundle."""
+    dump = None if dump_after is None else pipeline.dump_to(out.with_name(f"{out.name}.passes"), dump_after)
+    bundle = compiler.export(
+        model, out=out, optimal_bins=bins == "optimal", dump=dump, reporter=reporter(verbose, quiet), **choices
+    )
+    click.echo(msgspec.json.encode(_summary(bundle)).decode() if as_json else _text(bundle))
+
+
+def _summary(bundle: Bundle) -> dict[str, Any]:
+    plan = bundle.plan
+    assert plan is not None
+    return {
+        "bundle": str(bundle.path),
+        "bytes": bundle.size,
+        "model": plan.model,
+        "target": plan.target,
+        "isa": bundle.manifest.isa,
+        "recipe": plan.recipe.name,
+        "bins": [{"t": b.t, "branch": b.branch, "steps": len(b.steps)} for b in plan.bins],
+        "layers": {"quantized": sum(x.quantized for x in plan.layers), "float": sum(not x.quantized for x in plan.layers)},
+    }
+
+
+def _text(bundle: Bundle) -> str:
+    facts = _summary(bundle)
+    layers = facts["layers"]
+    return (
+        f"{facts['bundle']}: {facts['model']} for {facts['target']} ({facts['isa']}), recipe {facts['recipe']}, "
+        f"{len(facts['bins'])} bins, {layers['quantized']} layers quantized, {layers['float']} in float, "
+        f"{facts['bytes'] / 1e6:.1f} MB"
+    )

@@ -1,0 +1,41 @@
+"""vdq-export run BUNDLE: generate clips with a bundle, beside the float model's when asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import msgspec
+import numpy as np
+
+from vdq_export import sources
+from vdq_export.bundle import Bundle
+from vdq_export.commands.options import machine_readable, reporter, verbosity
+from vdq_export.errors import ModelError
+from vdq_export.metrics import psnr_db
+from vdq_export.render import side_by_side
+from vdq_export.verify import make_clips
+
+
+@click.command("run")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--model", help="The float model with its sampler; by default the one the bundle names.")
+@click.option("--clips", type=click.IntRange(min=1), default=4, show_default=True, help="How many clips to generate.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("clips"), show_default=True, help="Folder for GIF and PNG.")
+@machine_readable
+@verbosity
+def run_command(bundle: Path, model: str | None, clips: int, out: Path, as_json: bool, verbose: int, quiet: bool) -> None:
+    """Generate the same clips with the float model and with BUNDLE; write them side by side."""
+    opened = Bundle.open(bundle)
+    source = sources.resolve(model or opened.manifest.model.name)
+    if source.sampler is None:
+        raise ModelError(f"{source.name} has no sampler", hint="give the Model one to generate clips with it")
+    made = make_clips(opened, source, clips, reporter(verbose, quiet))
+    labels = [source.sampler.describe(case) for case in range(clips)]
+    paths = side_by_side(made.reference, made.quantized, labels, out)
+    each = [psnr_db(a, b) for a, b in zip(made.reference, made.quantized, strict=True)]
+    mean = float(np.mean([min(p, 200.0) for p in each]))
+    if as_json:
+        click.echo(msgspec.json.encode({"files": [str(p) for p in paths], "psnr_db": mean}).decode())
+    else:
+        click.echo(f"{clips} clips, mean PSNR {mean:.2f} dB against float: {', '.join(str(p) for p in paths)}")

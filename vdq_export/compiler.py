@@ -1,0 +1,171 @@
+"""export(): the whole compiler on one screen. Model -> graph -> record -> plan -> one graph a bin -> bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vdq_export import pipeline, recipe, sources, targets
+from vdq_export.bundle import Bundle
+from vdq_export.bundle_writer import BundleWriter
+from vdq_export.calib.observe import observe
+from vdq_export.calib.record import CalibrationRecord
+from vdq_export.calib.solve import solve
+from vdq_export.contract import PassContext, PassReport
+from vdq_export.errors import PassError
+from vdq_export.graph import Graph
+from vdq_export.manifest import Manifest, ModelIdentity, Signature, TensorInfo
+from vdq_export.model import Model
+from vdq_export.plan import QuantPlan
+from vdq_export.progress import Reporter
+from vdq_export.schedule import Schedule
+from vdq_export.target_spec import TargetSpec
+from vdq_export.trace import trace
+
+Dump = Callable[[str, Graph], None]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known before any graph is quantized."""
+
+    model: Model
+    spec: TargetSpec
+    graph: Graph  # canonical float graph
+    plan: QuantPlan
+    reports: list[PassReport]
+
+
+def export(
+    model: Model | str = sources.DEFAULT,
+    *,
+    target: str = "ort-int8",
+    tsw: int | str = 4,
+    recipe: str = "static-asq",
+    out: str | Path = "bundle",
+    force: bool = False,
+    strict: bool = False,
+    dump: Dump | None = None,
+    reporter: Reporter | None = None,
+    **choices: Any,
+) -> Bundle:
+    """Compile `model` for `target` and write the bundle folder `out`; returns it opened.
+
+    tsw: timestep bins: a number, "auto" or "all". recipe: a name or a TOML file. force: replace a bundle at `out`.
+    strict: fail when a pass skipped a planned edit. choices: what make_plan() takes. Raises VdqError subclasses.
+    """
+    reporter = reporter or Reporter()
+    with BundleWriter(out, force=force) as writer:  # first: a taken folder is refused before the hours of work
+        planned = make_plan(model, target=target, tsw=tsw, recipe=recipe, dump=dump, reporter=reporter, **choices)
+        reports = quantize(planned, writer, dump=dump, reporter=reporter)
+        _tell(planned.reports + reports, strict, reporter)
+        schedule = Schedule.from_bins(
+            planned.plan.bins, _graph_paths(planned.plan), sampler=_sampler_settings(planned.model)
+        )
+        return writer.commit(_manifest(planned), schedule, planned.plan)
+
+
+def make_plan(
+    model: Model | str,
+    *,
+    target: str,
+    tsw: int | str,
+    recipe: str,
+    isa: str | None = None,
+    optimal_bins: bool = False,
+    calibration: Path | None = None,
+    save_calibration: Path | None = None,
+    dump: Dump | None = None,
+    reporter: Reporter | None = None,
+) -> Planned:
+    """Everything that looks at data. calibration: reuse a saved record instead of running the model."""
+    reporter = reporter or Reporter()
+    spec = targets.load(target).spec(isa)
+    chosen = _load_recipe(recipe)
+    model = sources.resolve(model)
+    with reporter.stage("trace"):
+        graph = trace(model)
+    reports = pipeline.run_passes(graph, pipeline.CANONICAL, PassContext(spec=spec), dump=dump)
+    record = _record(graph, model, calibration, reporter)
+    if save_calibration:
+        record.save(save_calibration)
+    with reporter.stage("solve") as advance:
+        plan = solve(graph, record, chosen, spec, tsw=_tsw(tsw), optimal_bins=optimal_bins, progress=advance)
+    return Planned(model, spec, graph, plan, reports)
+
+
+def quantize(planned: Planned, writer: BundleWriter, *, dump: Dump | None, reporter: Reporter) -> list[PassReport]:
+    """Carry the plan out: bin-independent passes once, then one graph a bin into the bundle."""
+    own = tuple(targets.load(planned.spec.name).PASSES)
+    shared = planned.graph.copy()
+    reports = pipeline.run_passes(shared, pipeline.SHARED, PassContext(planned.plan, None, planned.spec), dump=dump)
+    with reporter.stage("quantize") as advance:
+        for one in planned.plan.bins:
+            graph = shared.copy()
+            context = PassContext(planned.plan, one, planned.spec)
+            made = pipeline.run_passes(graph, (*pipeline.PER_BIN, *own), context, dump=dump if one.index == 0 else None)
+            if one.index == 0:
+                reports += made
+            writer.add_graph(f"body.{one.name}", *graph.skeleton())
+            advance(one.index + 1, len(planned.plan.bins))
+    return reports
+
+
+def _load_recipe(name: str) -> recipe.Recipe:
+    return recipe.load(name)
+
+
+def _tsw(tsw: int | str) -> Any:
+    return int(tsw) if isinstance(tsw, int) or tsw.lstrip("-").isdigit() else tsw
+
+
+def _record(graph: Graph, model: Model, saved: Path | None, reporter: Reporter) -> CalibrationRecord:
+    if saved is not None:
+        return CalibrationRecord.load(saved, graph.hash())
+    with reporter.stage("calibrate") as advance:
+        return observe(graph, model, progress=advance)
+
+
+def _tell(reports: list[PassReport], strict: bool, reporter: Reporter) -> None:
+    """Print what each pass did; with `strict` a skipped edit is an error."""
+    for report in reports:
+        reporter.note(f"{report.name}: {report.applied} applied, {len(report.skipped)} skipped")
+        for skip in report.skipped:
+            reporter.note(f"  skipped {skip.where}: {skip.why}")
+    skipped = [(r.name, s) for r in reports for s in r.skipped]
+    if strict and skipped:
+        name, first = skipped[0]
+        raise PassError(f"--strict: {len(skipped)} edits skipped, first by {name} at {first.where}: {first.why}")
+
+
+def _graph_paths(plan: QuantPlan) -> list[str]:
+    return [f"graphs/body.{one.name}.onnx" for one in plan.bins]
+
+
+def _sampler_settings(model: Model) -> dict[str, Any]:
+    return {} if model.sampler is None else dict(model.sampler.settings())
+
+
+def _manifest(planned: Planned) -> Manifest:
+    model, graph = planned.model, planned.graph
+    return Manifest(
+        model=ModelIdentity(name=model.name, weight_hash=graph.source, config=model.metadata.get("config", {})),
+        target=planned.spec.name,
+        isa=planned.spec.isa,
+        signature=Signature(
+            inputs=tuple(_info(v) for v in graph.gs.inputs),
+            outputs=tuple(_info(v) for v in graph.gs.outputs),
+            timestep=model.timestep_input,
+        ),
+        recipe=planned.plan.recipe,
+        session=targets.load(planned.spec.name).session_options(planned.spec),
+        providers=planned.spec.providers,
+    )
+
+
+def _info(value: Any) -> TensorInfo:
+    return TensorInfo(name=value.name, dtype=np.dtype(value.dtype).name, shape=tuple(value.shape))

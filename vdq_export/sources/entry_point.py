@@ -1,0 +1,37 @@
+"""package.module:factory: a callable without arguments that returns a vdq_export.Model."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from vdq_export.errors import ModelError
+from vdq_export.model import Model
+
+ACCEPTS = "package.module:factory"
+_FORM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def accepts(spec: str) -> bool:
+    return _FORM.fullmatch(spec) is not None
+
+
+def load(spec: str) -> Model:
+    """Import and call the factory; the current folder counts as importable, as with `python -m`."""
+    module_name, factory_name = spec.split(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ModelError(f"{spec}: no module named {error.name!r}", hint="run where it can be imported") from error
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        raise ModelError(f"{spec}: {module_name} has no function {factory_name!r}")
+    model = factory()
+    if not isinstance(model, Model):
+        raise ModelError(f"{spec} returned {type(model).__name__}", hint="return a vdq_export.Model")
+    return model

@@ -1,0 +1,200 @@
+"""verify: is the bundle still the model? Per layer, per step, on whole clips, and in the runtime's own kernels.
+
+What fails says which layer and bin. Thresholds come from the recipe the bundle was made with.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vdq_export import ort, pipeline, sources, targets
+from vdq_export.bundle import Bundle
+from vdq_export.contract import PassContext
+from vdq_export.errors import BundleError, ModelError
+from vdq_export.graph import Array, Graph
+from vdq_export.metrics import psnr_db
+from vdq_export.model import Model, Trajectory
+from vdq_export.plan import QuantPlan
+from vdq_export.progress import Reporter
+from vdq_export.recipe import VerifyRecipe
+from vdq_export.report.data import JudgeScores, KernelCount, LayerQuality, VerifyReport
+from vdq_export.runtime import load
+from vdq_export.trace import OUTPUT, trace
+
+INFINITE_DB = 200.0  # stands for "no difference at all" in JSON, which has no infinity
+
+
+@dataclass
+class _Energy:
+    """Sums of squares of one layer in one bin, and the timestep of its worst call."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    worst_db: float = float("inf")
+    worst_step: float = 0.0
+
+    def add(self, reference: Array, other: Array, t: float) -> None:
+        signal = float(np.sum(np.square(reference, dtype=np.float64)))
+        noise = float(np.sum(np.square(np.subtract(reference, other, dtype=np.float64))))
+        self.signal, self.noise = self.signal + signal, self.noise + noise
+        if _db(signal, noise) < self.worst_db:
+            self.worst_db, self.worst_step = _db(signal, noise), t
+
+
+@dataclass
+class _Clips:
+    reference: list[Array] = field(default_factory=list)
+    quantized: list[Array] = field(default_factory=list)
+
+
+def verify(
+    bundle: Bundle, model: Model | str | None = None, *, clips: int = 20, reporter: Reporter | None = None
+) -> VerifyReport:
+    """Measure `bundle` against its float model and judge it by its recipe's thresholds.
+
+    model: the float model; by default the one the manifest names. clips: whole clips to compare (models with a sampler).
+    Raises ModelError when the model is not the one the bundle was made from, BundleError when it carries no plan.
+    """
+    reporter = reporter or Reporter()
+    plan = bundle.plan
+    if plan is None:
+        raise BundleError(f"{bundle.path} carries no plan.json", hint="export it again")
+    model = sources.resolve(model or bundle.manifest.model.name)
+    thresholds = plan.recipe.verify
+    with reporter.stage("trace"):
+        graph = trace(model, tolerance=thresholds.max_float_error)
+    if graph.source != bundle.manifest.model.weight_hash:
+        raise ModelError(f"{model.name} has other weights than the model of {bundle.path}", hint="pass its own model")
+    pipeline.run_passes(graph, pipeline.CANONICAL, PassContext(spec=targets.load(plan.target).spec(bundle.manifest.isa)))
+    layers = compare_layers(bundle, plan, graph, _first_trajectory(model), reporter)
+    kernels, floating = count_kernels(bundle, plan)
+    made = make_clips(bundle, model, clips, reporter)
+    return _verdict(bundle, model, thresholds, layers, kernels, floating, made)
+
+
+def compare_layers(
+    bundle: Bundle, plan: QuantPlan, graph: Graph, trajectory: Trajectory, reporter: Reporter
+) -> tuple[LayerQuality, ...]:
+    """SQNR of every quantized layer's output, and of the network's output, fed with the float model's own inputs."""
+    outputs = {linear.name: linear.output.name for linear in graph.linears()}
+    wanted = {layer.name: outputs[layer.name] for layer in plan.layers if layer.quantized} | {OUTPUT: OUTPUT}
+    reference = ort.session(graph, outputs=list(wanted.values()))
+    sums: dict[tuple[str, int], _Energy] = {}
+    session, active = None, -1
+    names = {i.name for i in graph.gs.inputs}
+    with reporter.stage("compare layers") as advance:
+        for done, step in enumerate(trajectory, 1):
+            index = bundle.schedule.select(step["t"], step["branch"])
+            if index != active:
+                graph_now = Graph.load(bundle.graph_path(index))
+                session = ort.session(graph_now, outputs=list(wanted.values()), options=bundle.manifest.session)
+                active = index
+            assert session is not None
+            feeds = {n: v.numpy() for n, v in step["inputs"].items() if n in names}
+            exact = reference.run(list(wanted.values()), feeds)
+            actual = session.run(list(wanted.values()), feeds)
+            for layer, a, b in zip(wanted, exact, actual, strict=True):
+                sums.setdefault((layer, index), _Energy()).add(a, b, step["t"])
+            advance(done, len(trajectory))
+    return tuple(
+        LayerQuality(layer=layer, bin=index, sqnr_db=_db(e.signal, e.noise), worst_step=e.worst_step)
+        for (layer, index), e in sums.items()
+    )
+
+
+def count_kernels(bundle: Bundle, plan: QuantPlan) -> tuple[KernelCount, list[str]]:
+    """Planned integer linears over all bins, those onnxruntime's optimised graphs run as such, and the others' names."""
+    target = targets.load(plan.target)
+    planned, floating = 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        for one in plan.bins:
+            path = Path(folder) / f"{one.name}.onnx"
+            ort.session(
+                Graph.load(bundle.graph_path(one.index)), options=bundle.manifest.session, optimised_path=str(path)
+            )
+            found = target.integer_layers(path, plan)
+            planned += len(found)
+            floating += [f"{layer} in {one.name}" for layer, integer in found.items() if not integer]
+    return KernelCount(planned=planned, executed=planned - len(floating)), floating
+
+
+def make_clips(bundle: Bundle, model: Model, count: int, reporter: Reporter) -> _Clips:
+    """The same cases generated by the float model and by the bundle; none for a model without a sampler."""
+    made = _Clips()
+    if model.sampler is None or count == 0:
+        return made
+    with reporter.stage("generate clips") as advance, load(bundle.path) as transformer:
+        for case in range(count):
+            made.reference.append(model.sampler.generate(model.module, case))
+            made.quantized.append(model.sampler.generate(transformer, case))
+            advance(case + 1, count)
+    return made
+
+
+def _first_trajectory(model: Model) -> Trajectory:
+    for trajectory in model.iter_trajectories():
+        return list(trajectory)
+    raise ModelError(f"{model.name} brings no trajectories", hint="verify needs at least one recorded trajectory")
+
+
+def _verdict(
+    bundle: Bundle,
+    model: Model,
+    thresholds: VerifyRecipe,
+    layers: Sequence[LayerQuality],
+    kernels: KernelCount,
+    floating: Sequence[str],
+    made: _Clips,
+) -> VerifyReport:
+    failures = [
+        f"{q.layer} in bin{q.bin:02d}: SQNR {q.sqnr_db:.1f} dB is below {thresholds.min_layer_sqnr_db:g} (worst at t={q.worst_step:g})"
+        for q in layers
+        if q.sqnr_db < thresholds.min_layer_sqnr_db
+    ]
+    if kernels.planned and kernels.executed / kernels.planned < thresholds.min_integer_coverage:
+        failures.append(f"{len(floating)} of {kernels.planned} planned linears run in float: {', '.join(floating[:5])}")
+    psnr, scores = None, None
+    if made.reference:
+        each = [min(psnr_db(a, b), INFINITE_DB) for a, b in zip(made.reference, made.quantized, strict=True)]
+        psnr = float(np.mean(each))
+        if psnr < thresholds.min_psnr_db:
+            worst = _worst(layers)
+            failures.append(f"clips: PSNR {psnr:.1f} dB is below {thresholds.min_psnr_db:g}; weakest: {worst}")
+        scores = _judge(model, made)
+    if scores is not None:
+        for measure, before in scores.float_.items():
+            drop = before - scores.quantized[measure]
+            if drop > thresholds.max_judge_drop + 1e-9:
+                failures.append(f"judge: {measure} fell by {drop:.3f}, allowed {thresholds.max_judge_drop:g}; weakest: {_worst(layers)}")
+    return VerifyReport(
+        verdict="fail" if failures else "pass",
+        bundle_bytes=bundle.size,
+        integer_kernels=kernels,
+        psnr_db=psnr,
+        judge=scores,
+        layers=tuple(layers),
+        failures=tuple(failures),
+    )
+
+
+def _judge(model: Model, made: _Clips) -> JudgeScores | None:
+    if model.judge is None:
+        return None
+    cases = range(len(made.reference))
+    return JudgeScores(float_=model.judge(made.reference, cases), quantized=model.judge(made.quantized, cases))
+
+
+def _worst(layers: Sequence[LayerQuality]) -> str:
+    weakest = min(layers, key=lambda q: q.sqnr_db)
+    return f"{weakest.layer} in bin{weakest.bin:02d} ({weakest.sqnr_db:.1f} dB)"
+
+
+def _db(signal: float, noise: float) -> float:
+    if noise == 0:
+        return INFINITE_DB
+    return min(INFINITE_DB, max(-INFINITE_DB, 10 * float(np.log10(max(signal, 1e-300) / noise))))
