@@ -3,10 +3,11 @@
 Legend: S steps (distinct timesteps, descending), [i, j] a run of steps, both ends included. A *partition* lists the
 first step of each bin. The objective of a partition is the sum over its bins [i, j] of
 
-    cost[i, j] = Σ_tensors Σ_{t in i..j} E‖x − Q_ij(x)‖² / E‖x‖²        (E over the sampled rows of one timestep above,
-                                                                        of all timesteps below the fraction line)
+    cost[i, j] = Σ_tensors Σ_{t in i..j} E_t‖x − Q_ij(x)‖² / E_t‖x‖²        (E_t: over the sampled rows of timestep t)
 
-where Q_ij is the min-max quantizer of the run. Zero lies on every grid, so as long as nothing is clipped (min-max
+where Q_ij is the min-max quantizer of the run: each step counts by what it loses of its own signal. A step whose
+signal is more than 20 dB below the tensor's mean counts as if it were 20 dB below, so that a value that is almost
+silent at some steps does not decide alone. Zero lies on every grid, so as long as nothing is clipped (min-max
 clips nothing) the error of a timestep depends on the grid's step Δ alone. It is measured on the sampled rows for a
 dozen Δ between the smallest and the largest any run gets, and interpolated in log Δ, log error. Recipes that clip
 (percentile, mse) refine ranges inside the bins chosen so.
@@ -26,7 +27,9 @@ from vdq_export.errors import RecipeError
 from vdq_export.graph import Array
 from vdq_export.plan import Bin, Branch
 
-AUTO_SLACK = 0.05  # `auto`: fewest bins whose objective is within this share of one bin a step
+AUTO_GAIN = 0.9  # `auto`: fewest bins that bring this share of what one bin a step gains over one bin …
+AUTO_SLACK = 0.05  # … or come within this share of its error
+QUIET = 0.01  # power below which a step no longer counts more, against the tensor's mean
 CURVE_POINTS = 12
 CURVE_VALUES = 4096  # sampled values a slot
 _LEAST = 1e-30
@@ -80,9 +83,9 @@ def partition(
     best = optimal_partitions(cost)
     finest = objective(cost, best[-1])
     if tsw == "auto":
-        count = next(n for n, starts in enumerate(best, 1) if objective(cost, starts) <= (1 + AUTO_SLACK) * finest)
-        starts = best[count - 1]
-        rule = f"auto: {count} is the fewest bins within {AUTO_SLACK:.0%} of one bin a step"
+        enough = finest + max(AUTO_SLACK * finest, (1 - AUTO_GAIN) * (objective(cost, best[0]) - finest))
+        starts = next(s for s in best if objective(cost, s) <= enough)
+        rule = f"auto: {len(starts)} is the fewest bins with {AUTO_GAIN:.0%} of the gain of one bin a step"
     else:
         starts = best[tsw - 1]
         rule = f"{tsw} bins with the least error"
@@ -180,17 +183,17 @@ def _value_cost(one: Watched, use: Array, step_of: Array, steps: int) -> Array:
     np.maximum.at(high, step_of, hi.max(axis=1))
     delta = (_running(low, np.minimum) * -1 + _running(high, np.maximum)) / one.grid.levels  # [S, S]
     upper = np.triu_indices(steps)
-    if delta[upper].max() <= 0:
+    widest = float(delta[upper].max())
+    if widest < _LEAST:
         return np.zeros((steps, steps))
-    points = np.unique(np.geomspace(max(delta[upper].min(), _LEAST), delta[upper].max(), CURVE_POINTS))
-    curve, power = _error_curves(one, use, step_of, steps, points)
-    if power <= 0:
-        return np.zeros((steps, steps))
+    least = delta[upper][delta[upper] > widest * 1e-4].min()  # narrower ones, silent steps: no error worth a number
+    points = np.unique(np.geomspace(least, widest, CURVE_POINTS))
+    curve = _error_curves(one, use, step_of, steps, points)
     log_delta = np.log(np.maximum(delta, points[0]))
     cost = np.zeros((steps, steps))
     for t in range(steps):  # runs that contain step t: first ≤ t ≤ last
         at = log_delta[: t + 1, t:]
-        cost[: t + 1, t:] += np.exp(np.interp(at, np.log(points), np.log(np.maximum(curve[t], _LEAST)))) / power
+        cost[: t + 1, t:] += np.exp(np.interp(at, np.log(points), np.log(np.maximum(curve[t], _LEAST))))
     return cost
 
 
@@ -202,16 +205,17 @@ def _running(ends: Array, fold: np.ufunc) -> Array:
     return table
 
 
-def _error_curves(one: Watched, use: Array, step_of: Array, steps: int, points: Array) -> tuple[Array, float]:
-    """(mean squared rounding error of each step at each Δ in `points`, summed over branches, [S, P]; mean square)."""
+def _error_curves(one: Watched, use: Array, step_of: Array, steps: int, points: Array) -> Array:
+    """Relative rounding error of each step at each Δ in `points`, summed over branches, [S, P]."""
     _, rows = one.value.linear()
-    curve = np.zeros((steps, len(points)))
-    power = 0.0
-    for slot, step in zip(use, step_of, strict=True):
-        sample = rows[slot] if one.smoothing is None else rows[slot] / one.smoothing
-        values = thin(sample, CURVE_VALUES)
-        power += float(np.square(values, dtype=np.float64).mean())
+    error, power = np.zeros((len(use), len(points))), np.zeros(len(use))
+    for index, slot in enumerate(use):
+        values = thin(rows[slot] if one.smoothing is None else rows[slot] / one.smoothing, CURVE_VALUES)
+        power[index] = np.square(values, dtype=np.float64).mean()
         scaled = values[None, :] / points[:, None].astype(np.float32)
         scaled -= np.rint(scaled)
-        curve[step] += np.square(scaled, dtype=np.float64).mean(axis=1) * points**2
-    return curve, power / len(use)
+        error[index] = np.square(scaled, dtype=np.float64).mean(axis=1) * points**2
+    floor = max(QUIET * float(power.mean()), _LEAST)
+    curve = np.zeros((steps, len(points)))
+    np.add.at(curve, step_of, error / np.maximum(power, floor)[:, None])
+    return curve

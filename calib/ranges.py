@@ -137,17 +137,19 @@ def _percentile(values: Array, lo: float, hi: float, percent: float) -> tuple[fl
 
 
 def _least_error(values: Array, bounds: Exact, lo: float, hi: float, grid: Grid) -> tuple[float, float]:
-    """Shrink both ends together, then each alone around the best (coarse to fine)."""
+    """Shrink both ends together, then each alone, over three octaves and more; then refine around the best."""
 
     def error(ratios: tuple[float, float]) -> float:
         return clip_error(values, bounds, *affine(lo * ratios[0], hi * ratios[1], grid), grid)
 
-    best = min(((r, r) for r in np.linspace(1.0, 0.3, 15)), key=error)
-    for width in (0.05, 0.02):
-        around = np.linspace(-width, width, 5)
-        best = min([best, *((min(best[0] + d, 1.0), best[1]) for d in around)], key=error)
-        best = min([best, *((best[0], min(best[1] + d, 1.0)) for d in around)], key=error)
-    return lo * float(best[0]), hi * float(best[1])
+    coarse = np.geomspace(1.0, 0.05, 12).tolist()
+    best = min(((r, r) for r in coarse), key=error)
+    best = min([best, *((r, best[1]) for r in coarse)], key=error)
+    best = min([best, *((best[0], r) for r in coarse)], key=error)
+    for factors in ((0.85, 0.92, 1.08, 1.15), (0.96, 1.04)):
+        best = min([best, *((min(best[0] * f, 1.0), best[1]) for f in factors)], key=error)
+        best = min([best, *((best[0], min(best[1] * f, 1.0)) for f in factors)], key=error)
+    return lo * best[0], hi * best[1]
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------

@@ -35,9 +35,9 @@ from vdq_export.plan import Smoothing
 from vdq_export.recipe import ActivationRecipe, SmoothingRecipe
 
 ALPHAS = tuple(k / 10 for k in range(1, 11))
-GAIN = 0.98  # smoothing must bring the error to this share or less: an unsmoothed value costs nothing to run
+GAIN = 0.98  # smoothing must bring the error below this share: an unsmoothed value costs nothing to run
 SEARCH_ROWS = 256
-SEARCH_COLUMNS = 1024
+SEARCH_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _pick(errors: Array, what: str) -> tuple[float | None, str]:
     """The best alpha, or None; errors [1 + alphas], unsmoothed first."""
     best = int(errors[1:].argmin())
     bare, smooth = f"{errors[0]:.2e}", f"{errors[1 + best]:.2e}"
-    if errors[1 + best] <= GAIN * errors[0]:
+    if errors[1 + best] < GAIN * errors[0]:
         return ALPHAS[
             best
         ], f"alpha {ALPHAS[best]:g} of {len(errors)} candidates: {what} {smooth} against {bare} unsmoothed"

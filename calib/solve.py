@@ -117,7 +117,7 @@ def choose_smoothing(
     recipe: Recipe,
     tsw: binning.Tsw,
 ) -> dict[str, smoothing.Choice]:
-    """{value: choice}. A value that a layer kept in float reads as well stays as it is: scaled, it would be wrong there.
+    """{value: choice}. A value that a layer kept in float reads too stays as it is: scaled, it would be wrong there.
 
     A search of alpha needs ranges before bins are chosen: it takes even ones (one a step for `auto`).
     """

@@ -73,7 +73,9 @@ def test_split_into_sessions_changes_nothing(record: CalibrationRecord) -> None:
     split = observe(cases.graph(), cases.model(TRAJECTORIES), limit=1)  # every value in a session of its own
     for name, value in record.values.items():
         for what, array in value.tensors.items():
-            np.testing.assert_allclose(split.value(name).tensors[what], array, rtol=1e-6, atol=1e-7, err_msg=f"{name} {what}")
+            np.testing.assert_allclose(
+                split.value(name).tensors[what], array, rtol=1e-6, atol=1e-7, err_msg=f"{name} {what}"
+            )
 
 
 def test_progress_counts_calls() -> None:
