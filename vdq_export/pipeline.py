@@ -15,8 +15,9 @@ CANONICAL = (
     "fold_constants",  # first: everything after matches on shapes and constants that are really constant
     "linear",  # one form for every linear, so that observers and plans can name them
     "no_ops",  # exporter leftovers would hide the patterns below
-    "rotary",  # no ScatterND: SoC compilers refuse it and ORT spends a fifth of a step on it
-    "rms_norm",  # Div form: 16-bit Reciprocal is wrong on at least one SoC; and what targets fuse is recognised here
+    "scatter",  # no ScatterND: SoC compilers refuse it and ORT moves it element by element
+    "rms_norm",  # Div form: 16-bit Reciprocal is wrong on at least one SoC, and ORT fuses this form
+    "rotary",  # last: looks through the norm to the linear whose channels it reorders
 )
 SHARED = (
     "smoothing",  # before QDQ: ranges in the plan are those after smoothing

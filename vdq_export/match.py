@@ -1,0 +1,63 @@
+"""Small questions passes ask about the neighbourhood of a node. Each returns None (or False) where the answer is no."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vdq_export.graph import Array, Node, Value, is_constant
+
+
+def made_by(value: Value, *ops: str) -> Node | None:
+    """The node that computes `value`, when its op is one of `ops`."""
+    if is_constant(value) or not value.inputs:
+        return None
+    node = value.inputs[0]
+    return node if node.op in ops else None
+
+
+def sole_reader(value: Value, *ops: str) -> Node | None:
+    """The only node that reads `value` (once), when its op is one of `ops`."""
+    readers = list(value.outputs)
+    return readers[0] if len(readers) == 1 and readers[0].op in ops else None
+
+
+def readers(value: Value) -> list[Node]:
+    """Distinct nodes that read `value`, in graph order."""
+    return list({id(node): node for node in value.outputs}.values())
+
+
+def other_input(node: Node, value: Value) -> Value | None:
+    """The second operand of a two-input node one of whose operands is `value`."""
+    others = [t for t in node.inputs if t is not value]
+    return others[0] if len(node.inputs) == 2 and len(others) == 1 else None
+
+
+def constant_operand(node: Node) -> tuple[Value, Array] | None:
+    """(computed operand, values of the constant one) of a two-input node that has one of each."""
+    if len(node.inputs) != 2 or is_constant(node.inputs[0]) == is_constant(node.inputs[1]):
+        return None
+    computed, fixed = sorted(node.inputs, key=is_constant)
+    return computed, fixed.values
+
+
+def scalar(value: Value) -> float | None:
+    """The number a one-element constant holds."""
+    if not is_constant(value) or value.values.size != 1:
+        return None
+    return float(np.asarray(value.values).reshape(()))
+
+
+def integers(value: Value) -> list[int] | None:
+    """The entries of an integer constant, flattened."""
+    if not is_constant(value) or not np.issubdtype(value.values.dtype, np.integer):
+        return None
+    return [int(v) for v in np.asarray(value.values).reshape(-1)]
+
+
+def reduced_axes(node: Node) -> list[int] | None:
+    """Axes of a Reduce* node, counted from the end (negative), whether an attribute (old opsets) or an input."""
+    axes = node.attrs.get("axes")
+    if axes is None and len(node.inputs) > 1:
+        axes = integers(node.inputs[1])
+    rank = len(node.inputs[0].shape)
+    return None if axes is None else [a - rank if a >= 0 else a for a in axes]
