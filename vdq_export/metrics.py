@@ -1,4 +1,4 @@
-"""How far two clips or tensors are apart, in numpy. Clips are [..., F, H, W]; decibels are infinite for equal inputs."""
+"""How far two clips or tensors are apart, in numpy. Clips are [..., F, H, W]; decibels of equal inputs are infinite."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ K1, K2 = 0.01, 0.03
 
 
 def psnr_db(a: ArrayLike, b: ArrayLike, peak: float = 1.0) -> float:
-    """Peak signal-to-noise ratio 10·log10(peak² / mean((a−b)²)) over everything. Raises ValueError for unlike shapes."""
+    """Peak signal-to-noise ratio 10·log10(peak² / mean((a−b)²)) over all values. ValueError for unlike shapes."""
     x, y = _pair(a, b)
     return _decibels(peak**2, float(np.mean((x - y) ** 2)))
 
 
 def sqnr_db(reference: ArrayLike, other: ArrayLike) -> float:
-    """Signal-to-quantization-noise ratio 10·log10(Σ reference² / Σ (reference−other)²). Raises ValueError for unlike shapes.
+    """Signal-to-quantization-noise ratio 10·log10(Σ reference² / Σ (reference−other)²).
 
-    0 / 0 (both are zero everywhere) counts as equal: infinite.
+    Equal tensors, all zeros too, give infinity. Raises ValueError for unlike shapes.
     """
     x, y = _pair(reference, other)
     return _decibels(float(np.sum(x**2)), float(np.sum((x - y) ** 2)))

@@ -41,7 +41,7 @@ def side_by_side(
     times DIFFERENCE_GAIN, clipped. Raises ValueError for unequal counts or shapes.
     """
     if not len(float_clips) == len(other_clips) == len(labels) or not labels:
-        raise ValueError(f"{len(float_clips)} clips, {len(other_clips)} other clips, {len(labels)} labels: need as many")
+        raise ValueError(f"{len(float_clips)} clips, {len(other_clips)} others, {len(labels)} labels")
     rows, titles = [], []
     for reference, other, label in zip(float_clips, other_clips, labels, strict=True):
         if reference.shape != other.shape or reference.ndim != 4 or reference.shape[0] not in (1, 3):
@@ -49,11 +49,12 @@ def side_by_side(
         factor = scale or max(1, round(64 / reference.shape[2]))
         difference = DIFFERENCE_GAIN * np.abs(reference.astype(np.float64) - other)
         rows.append([_frames(clip, factor) for clip in (reference, other, difference)])
-        titles.append(f"{label} — {psnr_db(reference, other):.1f} dB")
+        titles.append(f"{label}, {psnr_db(reference, other):.1f} dB")
     names = (*columns, f"difference x{DIFFERENCE_GAIN}")
     out_dir.mkdir(parents=True, exist_ok=True)
     rendered = Rendered(out_dir / "side-by-side.gif", out_dir / "side-by-side.png")
-    movie = [_page([[clip[t : t + 1] for clip in row] for row in rows], titles, names) for t in range(rows[0][0].shape[0])]
+    frames = range(min(row[0].shape[0] for row in rows))
+    movie = [_page([[clip[t : t + 1] for clip in row] for row in rows], titles, names) for t in frames]
     movie[0].save(rendered.gif, save_all=True, append_images=movie[1:], duration=FRAME_MS, loop=0, optimize=False)
     _page(rows, titles, names).save(rendered.png)
     return rendered
@@ -61,10 +62,11 @@ def side_by_side(
 
 def _frames(clip: np.ndarray, factor: int) -> Pixels:
     """[C, F, H, W] in [0, 1] → [F, factor·H, factor·W, 3] bytes."""
-    pixels = (np.nan_to_num(clip).clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 3, 0)
+    pixels: Pixels = (np.nan_to_num(clip).clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 3, 0)
     if pixels.shape[-1] == 1:
         pixels = pixels.repeat(3, -1)
-    return pixels.repeat(factor, 1).repeat(factor, 2)
+    grown: Pixels = pixels.repeat(factor, 1).repeat(factor, 2)
+    return grown
 
 
 def _page(rows: list[list[Pixels]], titles: list[str], names: Sequence[str]) -> Image.Image:
@@ -90,4 +92,5 @@ def _page(rows: list[list[Pixels]], titles: list[str], names: Sequence[str]) -> 
 
 
 def _line_width(clip: Pixels) -> int:
-    return clip.shape[0] * (clip.shape[2] + GAP) - GAP
+    frames, width = int(clip.shape[0]), int(clip.shape[2])
+    return frames * (width + GAP) - GAP

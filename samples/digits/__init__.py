@@ -1,1 +1,81 @@
-"""The embedded sample: moving handwritten digits (see README.md)."""
+"""The embedded sample: moving handwritten digits (see README.md). `load()` makes it a Model to compile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+
+from vdq_export.errors import ModelError, UnknownNameError
+from vdq_export.model import Model, Step, Trajectory
+from vdq_export.samples.digits import hard, network
+from vdq_export.samples.digits.judge import DigitsJudge
+from vdq_export.samples.digits.sampler import CALIBRATION, DigitsSampler
+
+NAMES = ("digits", "digits-hard")
+
+
+class CalibrationRuns:
+    """The trajectories of calibration cases, each made when it is asked for and made again the next time."""
+
+    def __init__(self, module: torch.nn.Module, sampler: DigitsSampler, cases: int) -> None:
+        """cases: how many; their prompts and seeds follow from their numbers."""
+        self.module, self.sampler, self.cases = module, sampler, cases
+
+    def __len__(self) -> int:
+        return self.cases
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        for case in range(CALIBRATION, CALIBRATION + self.cases):
+            steps: list[Step] = []
+            self.sampler.generate(self.module, case, steps.append)
+            yield steps
+
+
+def load_network(weights: Path | None = None) -> torch.nn.Module:
+    """The trained float32 network; `weights` (safetensors) instead of the package's own. Raises ModelError."""
+    if weights is not None and weights.suffix != ".safetensors":
+        raise ModelError(f"{weights} is not a safetensors file", hint="convert it; pickled checkpoints are refused")
+    module = network.build()
+    with resources.as_file(resources.files(__name__) / "weights.safetensors") as own:
+        path = weights or own
+        try:
+            tensors = load_file(path)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path}: {error}") from error
+        except Exception as error:  # safetensors raises its own SafetensorError, which is not exported for typing
+            raise ModelError(f"{path} is damaged: {error}", hint="reinstall, or train it again") from error
+    module.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    return module.eval()
+
+
+def load(name: str = "digits", weights: Path | None = None, calibration_cases: int = 8) -> Model:
+    """The sample as a Model: "digits", or "digits-hard", the same function with outlier channels (hard.py).
+
+    weights: another safetensors checkpoint of the same network. Raises UnknownNameError, ModelError.
+    """
+    if name not in NAMES:
+        raise UnknownNameError("sample", name, NAMES)
+    module = load_network(weights)
+    if name == "digits-hard":
+        module = hard.harden(module)
+    sampler = DigitsSampler()
+    config = {key: value for key, value in cast(Mapping[str, Any], module.config).items() if not key.startswith("_")}
+    example = {
+        "hidden_states": torch.zeros(1, *sampler.shape),
+        "timestep": torch.full((1,), 500.0),
+        "encoder_hidden_states": torch.zeros(1, *sampler.prompt_shape),
+    }
+    return Model(
+        module=module,
+        example_inputs=example,
+        trajectories=CalibrationRuns(module, sampler, calibration_cases),
+        name=name,
+        sampler=sampler,
+        judge=DigitsJudge(),
+        metadata={"family": "wan", "config": config, "calibration_cases": calibration_cases},
+    )

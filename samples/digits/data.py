@@ -74,7 +74,8 @@ def render(glyph: np.ndarray, top: float, left: float, direction: str, speed: st
         y0, x0 = int(np.floor(y)), int(np.floor(x))
         fy, fx = y - y0, x - x0
         canvas = np.zeros((SIZE + 1, SIZE + 1), np.float32)
-        for oy, ox, weight in ((0, 0, (1 - fy) * (1 - fx)), (0, 1, (1 - fy) * fx), (1, 0, fy * (1 - fx)), (1, 1, fy * fx)):
+        for oy, ox in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            weight = (fy if oy else 1 - fy) * (fx if ox else 1 - fx)
             if weight:
                 canvas[y0 + oy : y0 + oy + DIGIT, x0 + ox : x0 + ox + DIGIT] += weight * glyph
         clip[0, frame] = canvas[:SIZE, :SIZE] * 2 - 1

@@ -29,4 +29,5 @@ def build(seed: int | None = None) -> torch.nn.Module:
 
     if seed is not None:
         torch.manual_seed(seed)
-    return WanTransformer3DModel(**CONFIG).eval()
+    network: torch.nn.Module = WanTransformer3DModel(**CONFIG).eval()
+    return network

@@ -83,14 +83,14 @@ def save_checkpoint(path: Path, step: int, average: dict[str, torch.Tensor], net
             tensors |= {f"optimizer/{i}/{index}/{k}": torch.as_tensor(v) for k, v in state.items()}
     partial = path.with_suffix(".partial")
     save_file({n: t.contiguous() for n, t in tensors.items()}, partial, metadata={"step": str(step)})
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def load_checkpoint(path: Path, average: dict[str, torch.Tensor], network: torch.nn.Module,
                     optimizers: list[torch.optim.Optimizer]) -> int:
     with safe_open(path, "pt") as file:
         step = int(file.metadata()["step"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     average.update({n.removeprefix("average/"): t for n, t in tensors.items() if n.startswith("average/")})
     network.load_state_dict({n.removeprefix("network/"): t for n, t in tensors.items() if n.startswith("network/")})
     for i, optimizer in enumerate(optimizers):
@@ -115,7 +115,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 def train(steps: int, batch: int, threads: int, out: Path) -> None:
     torch.set_num_threads(threads)
-    torch.nn.functional.scaled_dot_product_attention = matmul_attention
+    torch.nn.functional.scaled_dot_product_attention = matmul_attention  # type: ignore[assignment]
     network = build(SEED).train()
     average = {n: t.detach().clone() for n, t in network.state_dict().items()}
     optimizers = make_optimizers(network)
