@@ -1,0 +1,26 @@
+"""vdq-export diff A B: what differs between two graphs or two bundles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vdq_export.diff import diff
+from vdq_export.diff_render import render
+
+
+@click.command("diff")
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.pass_context
+def diff_command(context: click.Context, a: Path, b: Path, as_json: bool) -> None:
+    """Compare two ONNX files, or two bundles: operators added, removed, rewired, retyped, parameters changed.
+
+    Weights compare by hash, and renaming is no difference. Exit code 0: same, 1: different, 2: cannot be compared.
+    """
+    difference = diff(a, b)
+    click.echo(difference.to_json().decode() if as_json else render(difference), nl=False)
+    if not difference.same:
+        context.exit(1)
