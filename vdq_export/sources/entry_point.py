@@ -15,7 +15,7 @@ _FORM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def accepts(spec: str) -> bool:
-    return _FORM.fullmatch(spec) is not None
+    return _FORM.fullmatch(spec) is not None and not spec.startswith("sample:")  # that is the other source's
 
 
 def load(spec: str) -> Model:
