@@ -24,11 +24,13 @@ def primary(signature: Signature) -> TensorInfo:
 
 
 def batch_of(signature: Signature, inputs: Mapping[str, Array]) -> int:
-    """B. Raises BundleError for an input of a rank that the graph does not take."""
+    """B. Raises BundleError for an empty batch and for a rank that the graph does not take."""
     info = primary(signature)
     shape = inputs[info.name].shape
     if len(shape) != len(info.shape):
         raise BundleError(_mismatch(info, shape))
+    if shape and not shape[0]:
+        raise BundleError(f"input {info.name!r} is an empty batch")
     return int(shape[0]) if shape else 1
 
 
@@ -60,7 +62,7 @@ def run_batched(signature: Signature, inputs: Mapping[str, Array], bins: Sequenc
     kinds = _kinds(signature, inputs[signature.timestep], bins, group)
     if batch == group and len(set(kinds)) == 1:
         return run(bins[0], {info.name: _fit(info, inputs[info.name]) for info in signature.inputs})
-    result: Array | None = None
+    parts: list[tuple[list[int], Array]] = []
     for kind in dict.fromkeys(kinds):
         samples = [number for number, one in enumerate(kinds) if one == kind]
         for start in range(0, len(samples), group):
@@ -73,11 +75,10 @@ def run_batched(signature: Signature, inputs: Mapping[str, Array], bins: Sequenc
             part = run(kind[0], chunk)
             if part.shape[:1] != (group,):
                 raise BundleError(f"the output {part.shape} has no batch dimension", hint=f"call with {group} samples")
-            if result is None:
-                result = np.empty((batch, *part.shape[1:]), part.dtype)
-            result[rows] = part[: len(rows)]
-    if result is None:
-        raise BundleError("called with an empty batch")
+            parts.append((rows, part[: len(rows)]))
+    result = np.empty((batch, *parts[0][1].shape[1:]), parts[0][1].dtype)
+    for rows, part in parts:
+        result[rows] = part
     return result
 
 

@@ -60,7 +60,7 @@ class Transformer:
         self._local = threading.local()
 
     def __call__(self, *values: Any, return_dict: bool = True, **named: Any) -> Any:
-        """One step of the network. Inputs that the graphs do not have must be None, as diffusers passes them.
+        """One step of the network. Inputs that the graphs do not have must be None or {}, as diffusers passes them.
 
         Raises BundleError for missing, unknown or misshapen inputs, ScheduleError when no graph is meant for the call.
         """
@@ -147,7 +147,7 @@ class Transformer:
                 raise BundleError(f"input {name!r} was given twice")
             if name in names:
                 inputs[name] = value
-            elif value is not None and value != {}:
+            elif value is not None and not (isinstance(value, Mapping) and not value):
                 raise BundleError(f"the graphs have no input {name!r}", hint=f"they take {', '.join(names)}")
         missing = [name for name in names if inputs.get(name) is None]
         if missing:
