@@ -7,7 +7,7 @@ are spread over several sessions that share the weights. Statistics are updated 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
@@ -144,8 +144,10 @@ class _Session:
 
 def _steps(model: Model) -> Iterator[tuple[Step, int | None]]:
     trajectories = model.iter_trajectories()
-    total = sum(len(t) for t in trajectories) if isinstance(trajectories, Sequence) else None
+    total = None
     for trajectory in trajectories:
+        if total is None and isinstance(trajectories, Sized):
+            total = len(trajectories) * len(trajectory)  # trajectories of one sampler are equally long
         for step in trajectory:
             yield step, total
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from itertools import combinations, pairwise
 from typing import Any
 
-import calib_cases as cases
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import calib_cases as cases
 from vdq_export.calib import bins
 from vdq_export.calib.bins import Watched, choose, cost_table, even, objective, optimal_partitions
 from vdq_export.calib.ranges import Grid, affine, fake_quantize

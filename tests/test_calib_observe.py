@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import calib_cases as cases
 import numpy as np
 import pytest
 import torch
 
+from tests import calib_cases as cases
 from vdq_export.calib.observe import observe, observed_values
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.errors import CalibrationError

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import calib_cases as cases
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from tests import calib_cases as cases
 from vdq_export.calib import ranges
 from vdq_export.calib.ranges import Grid, activation_range, affine, fake_quantize, weight_scale
 from vdq_export.plan import INT_RANGE

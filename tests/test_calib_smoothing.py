@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import calib_cases as cases
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from tests import calib_cases as cases
 from vdq_export.calib import smoothing
 from vdq_export.calib.ranges import Grid
 from vdq_export.calib.smoothing import Group, scales

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import calib_cases as cases
 import numpy as np
 import pytest
 
+from tests import calib_cases as cases
 from vdq_export.calib.observe import observe
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.solve import solve
