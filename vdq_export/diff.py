@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import networkx as nx
 
 from vdq_export import graph_view
 from vdq_export.bundle import Bundle
-from vdq_export.diff_match import Matching, Side, Source, match
+from vdq_export.diff_match import Matching, Side, Source, match, patches
 from vdq_export.diff_values import describe, difference, role, settings
 from vdq_export.errors import VdqError
 from vdq_export.graph_view import INPUT, OUTPUT, GraphView, Op, Param, TensorType
@@ -249,18 +248,8 @@ class _Comparison:
 
 
 def _entries(side: Side, paired: dict[int, int]) -> dict[int, set[int]]:
-    """For each unpaired operator: the paired operators that its connected patch of unpaired ones reads."""
-    patches = nx.Graph()
-    loose = [i for i in range(len(side.ops)) if i not in paired]
-    patches.add_nodes_from(loose)
-    for i in loose:
-        makers = (s[0] for s in side.sources[i] if isinstance(s, tuple))
-        patches.add_edges_from((i, maker) for maker in makers if maker not in paired)
-    entries: dict[int, set[int]] = {}
-    for patch in nx.connected_components(patches):
-        read = {s[0] for i in patch for s in side.sources[i] if isinstance(s, tuple) and s[0] in paired}
-        entries |= dict.fromkeys(patch, read)
-    return entries
+    """For each unpaired operator: the paired operators that its patch of unpaired ones reads."""
+    return {index: patch.reads for patch in patches(side, paired) for index in patch.members}
 
 
 def _at(side: Side, index: int, slot: int) -> Source:

@@ -79,6 +79,29 @@ def _content(side: Side) -> list[tuple[Any, ...]]:
     return [(op.type, op.name, op.attrs, op.inputs, one) for op, one in zip(side.ops, digests, strict=True)]
 
 
+@dataclass(frozen=True)
+class Patch:
+    """Unpaired operators that hang together, and the paired ones they read and feed."""
+
+    members: set[int]
+    reads: set[int]
+    feeds: set[int]
+
+
+def patches(side: Side, paired: dict[int, int]) -> list[Patch]:
+    """All unpaired operators of one side, by connected patch."""
+    loose = nx.Graph()
+    loose.add_nodes_from(i for i in range(len(side.ops)) if i not in paired)
+    makers = {i: {s[0] for s in side.sources[i] if isinstance(s, tuple)} for i in loose}
+    loose.add_edges_from((i, maker) for i, found in makers.items() for maker in found if maker not in paired)
+    result = []
+    for members in nx.connected_components(loose):
+        reads = {maker for i in members for maker in makers[i]} - members
+        feeds = {reader for i in members for _, reader, _ in side.readers[i]} - members
+        result.append(Patch(members, reads, feeds))
+    return result
+
+
 class _Matcher:
     def __init__(self, a: Side, b: Side) -> None:
         self.a, self.b = a, b
@@ -99,6 +122,7 @@ class _Matcher:
             if index not in self.to_b:
                 self._retype(index)
                 self._spread(labels, others, force=True)
+        self._between(labels, others)
         return Matching(self.a, self.b, self.to_b, self.to_a)
 
     def intern(self, colour: Hashable) -> int:
@@ -256,6 +280,21 @@ class _Matcher:
             if self.a.ops[i].name == self.b.ops[j].name or readers == set(self.b.readers[j]):
                 self.pair(i, j)
                 return
+
+    def _between(self, labels: list[int], others: list[int]) -> None:
+        """Patches of unpaired operators between the same paired ones: pair what is alike in them, by depth."""
+        mine = {(frozenset(self.to_b[i] for i in p.reads), frozenset(self.to_b[i] for i in p.feeds)): p
+                for p in patches(self.a, self.to_b)}  # fmt: skip
+        for patch in patches(self.b, self.to_a):
+            twin = mine.pop((frozenset(patch.reads), frozenset(patch.feeds)), None)
+            if twin is None:
+                continue
+            alike: dict[int, deque[int]] = defaultdict(deque)
+            for j in sorted(patch.members, key=self.b.depth.__getitem__):
+                alike[others[j]].append(j)
+            for i in sorted(twin.members, key=self.a.depth.__getitem__):
+                if alike[labels[i]]:
+                    self.pair(i, alike[labels[i]].popleft())
 
     def _down(self, side: Side, labels: list[int]) -> list[Label]:
         colours: list[Label] = []
