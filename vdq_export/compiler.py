@@ -61,12 +61,7 @@ def export(
     reporter = reporter or Reporter()
     with BundleWriter(out, force=force) as writer:  # first: a taken folder is refused before the hours of work
         planned = make_plan(model, target=target, tsw=tsw, recipe=recipe, dump=dump, reporter=reporter, **choices)
-        reports = quantize(planned, writer, dump=dump, reporter=reporter)
-        _tell(planned.reports + reports, strict, reporter)
-        schedule = Schedule.from_bins(
-            planned.plan.bins, _graph_paths(planned.plan), sampler=_sampler_settings(planned.model)
-        )
-        return writer.commit(_manifest(planned), schedule, planned.plan)
+        return finish(planned, writer, strict=strict, dump=dump, reporter=reporter)
 
 
 def make_plan(
@@ -79,16 +74,18 @@ def make_plan(
     optimal_bins: bool = False,
     calibration: Path | None = None,
     save_calibration: Path | None = None,
+    traced: Graph | None = None,
     dump: Dump | None = None,
     reporter: Reporter | None = None,
 ) -> Planned:
-    """Everything that looks at data. calibration: reuse a saved record instead of running the model."""
+    """Everything that looks at data. calibration: reuse a saved record instead of running the model; traced: its graph,
+    if there is one already (it is edited)."""
     reporter = reporter or Reporter()
     spec = targets.load(target).spec(isa)
     chosen = _load_recipe(recipe)
     model = sources.resolve(model)
     with reporter.stage("trace"):
-        graph = trace(model)
+        graph = traced or trace(model)
     reports = pipeline.run_passes(graph, pipeline.CANONICAL, PassContext(spec=spec), dump=dump)
     record = _record(graph, model, calibration, reporter)
     if save_calibration:
@@ -96,6 +93,22 @@ def make_plan(
     with reporter.stage("solve") as advance:
         plan = solve(graph, record, chosen, spec, tsw=_tsw(tsw), optimal_bins=optimal_bins, progress=advance)
     return Planned(model, spec, graph, plan, reports)
+
+
+def finish(
+    planned: Planned,
+    writer: BundleWriter,
+    *,
+    strict: bool = False,
+    dump: Dump | None = None,
+    reporter: Reporter | None = None,
+) -> Bundle:
+    """From plan to bundle: quantize every bin's graph into `writer` and commit it. Raises PassError with `strict`."""
+    reporter = reporter or Reporter()
+    reports = quantize(planned, writer, dump=dump, reporter=reporter)
+    _tell(planned.reports + reports, strict, reporter)
+    schedule = Schedule.from_bins(planned.plan.bins, _graph_paths(planned.plan), sampler=_sampler_settings(planned.model))
+    return writer.commit(_manifest(planned), schedule, planned.plan)
 
 
 def quantize(planned: Planned, writer: BundleWriter, *, dump: Dump | None, reporter: Reporter) -> list[PassReport]:
