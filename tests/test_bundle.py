@@ -505,6 +505,17 @@ def test_a_report_holds_numbers_json_can_hold() -> None:
         ).to_json()
 
 
+def test_settings_may_be_numpy_scalars_but_not_objects(tmp_path: Path) -> None:
+    made = write(tmp_path / "a")
+    settings = {"shift": np.float32(3), "sigmas": np.ones(2), "order": {"b": 1, "a": np.int64(2)}}
+    data = msgspec.structs.replace(made.schedule, sampler=settings).to_json()
+    assert json.loads(data)["sampler"] == {"shift": 3.0, "sigmas": [1.0, 1.0], "order": {"b": 1, "a": 2}}
+    assert data.index(b'"a"') < data.index(b'"b"')
+    for bad in (object(), {"x": {1, object()}}):
+        with pytest.raises(BundleError, match=r"schedule\.json cannot be written"):
+            msgspec.structs.replace(made.schedule, sampler={"bad": bad}).to_json()
+
+
 @pytest.mark.parametrize("name", schemas.TYPES)
 def test_committed_schemas_are_current(name: str) -> None:
     committed = Path(schemas.__file__).parent / f"{name}.schema.json"

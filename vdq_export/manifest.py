@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from vdq_export.errors import BundleError
+from vdq_export.jsonfile import encode
 from vdq_export.recipe import Recipe
 
 FORMAT = 1
@@ -74,8 +75,8 @@ class Manifest(_Data, frozen=True):
         return next((entry for entry in self.files if entry.path == path), None)
 
     def to_json(self) -> bytes:
-        """JSON, indented, ends in a newline; the same manifest gives the same bytes."""
-        return msgspec.json.format(msgspec.json.encode(self, order="deterministic"), indent=1) + b"\n"
+        """Raises BundleError for a model configuration that JSON cannot hold."""
+        return encode(self, MANIFEST)
 
     @staticmethod
     def from_json(data: bytes, origin: str) -> Manifest:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import msgspec
 
 from vdq_export.errors import ScheduleError
+from vdq_export.jsonfile import encode
 from vdq_export.plan import Bin, Branch
 
 Uncalibrated = Literal["nearest", "refuse"]
@@ -157,8 +158,8 @@ class Schedule(_Data, frozen=True, dict=True):
             )
 
     def to_json(self) -> bytes:
-        """JSON, indented, ends in a newline; the same schedule gives the same bytes."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+        """Raises BundleError for sampler settings that JSON cannot hold."""
+        return encode(self, "schedule.json")
 
     @staticmethod
     def from_json(data: bytes, origin: str = "schedule.json") -> Schedule:

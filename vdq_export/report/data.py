@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from vdq_export.errors import BundleError
+from vdq_export.jsonfile import encode
 
 
 class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -49,10 +50,8 @@ class VerifyReport(_Data, frozen=True):
     format: Literal[1] = 1
 
     def to_json(self) -> bytes:
-        """JSON, indented, ends in a newline. Raises BundleError for an infinite or NaN number: JSON has none."""
-        data = msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
-        VerifyReport.from_json(data, "report")
-        return data
+        """Raises BundleError for an infinite or NaN number: JSON has none."""
+        return encode(self, "report.json")
 
     @staticmethod
     def from_json(data: bytes, origin: str = "report.json") -> VerifyReport:
