@@ -107,8 +107,9 @@ def finish(
     reporter = reporter or Reporter()
     reports = quantize(planned, writer, dump=dump, reporter=reporter)
     _tell(planned.reports + reports, strict, reporter)
-    schedule = Schedule.from_bins(planned.plan.bins, _graph_paths(planned.plan), sampler=_sampler_settings(planned.model))
-    return writer.commit(_manifest(planned), schedule, planned.plan)
+    plan, sampler = planned.plan, _sampler_settings(planned.model)
+    schedule = Schedule.from_bins(plan.bins, _graph_paths(plan), sampler=sampler)
+    return writer.commit(_manifest(planned), schedule, plan)
 
 
 def quantize(planned: Planned, writer: BundleWriter, *, dump: Dump | None, reporter: Reporter) -> list[PassReport]:
