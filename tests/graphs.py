@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ class Builder:
         self.params: list[onnx.TensorProto] = []
         self.random = np.random.default_rng(seed)
 
-    def op(self, kind: str, *inputs: str, name: str, **attrs: object) -> str:
+    def op(self, kind: str, *inputs: str, name: str, **attrs: Any) -> str:
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=name, **attrs))
         return name
 
@@ -97,7 +98,8 @@ def renamed(model: onnx.ModelProto, name: Callable[[str], str], *, ends: bool = 
 
 
 def node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    return next(n for n in model.graph.node if n.name == name)
+    found: onnx.NodeProto = next(n for n in model.graph.node if n.name == name)
+    return found
 
 
 def set_param(model: onnx.ModelProto, name: str, value: np.ndarray) -> None:

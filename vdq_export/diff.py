@@ -18,6 +18,7 @@ from vdq_export.diff_match import Matching, Side, Source, match, patches
 from vdq_export.diff_values import describe, difference, role, settings
 from vdq_export.errors import VdqError
 from vdq_export.graph_view import INPUT, OUTPUT, GraphView, Op, Param, TensorType
+from vdq_export.inspect import bundle_graphs
 from vdq_export.manifest import MANIFEST
 
 Kind = Literal["added", "removed", "rewired", "retyped", "parameter", "schedule", "plan", "manifest"]
@@ -96,7 +97,7 @@ def _diff_bundles(a: Bundle, b: Bundle) -> Difference:
     changes: list[Change] = []
     pairs: dict[str, Difference] = {}
     digests: graph_view.Digests = {}
-    graphs = [_graphs(bundle) for bundle in (a, b)]
+    graphs = [bundle_graphs(bundle) for bundle in (a, b)]
     for label, path in graphs[0].items():
         other = graphs[1].pop(label, None)
         if other is None:
@@ -123,14 +124,6 @@ def _diff_bundles(a: Bundle, b: Bundle) -> Difference:
         renamed_io=tuple(f"{label}: {text}" for label, one in pairs.items() for text in one.renamed_io),
         follow_on=sum(one.follow_on for one in pairs.values()),
     )
-
-
-def _graphs(bundle: Bundle) -> dict[str, Path]:
-    """Graph files by what they are for: bins by their number, the others by their path in the bundle."""
-    found = {f"bin{index:02d}": bundle.graph_path(index) for index in range(len(bundle.schedule.bins))}
-    bins = {one.graph for one in bundle.schedule.bins}
-    paths = [entry.path for entry in bundle.manifest.files if entry.path.endswith(".onnx")]
-    return found | {path: bundle.path / path for path in paths if path not in bins}
 
 
 def _tables(a: Bundle, b: Bundle) -> Iterator[Change]:

@@ -20,11 +20,11 @@ def role(op_type: str, slot: int, param: Param) -> str:
     return _ROLES.get((op_type, slot), param.name)
 
 
-def describe(param: Param) -> str:
-    """Type, and the values when they are few."""
+def describe(param: Param, digits: int = 6) -> str:
+    """Type, and the values (to that many significant digits) when they are few."""
     if param.elements > SMALL:
         return str(param.type)
-    return f"{param.type} {_values(param.array())}"
+    return f"{param.type} {_values(param.array(), digits)}"
 
 
 def difference(old: Param, new: Param) -> str:
@@ -92,10 +92,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _values(array: np.ndarray) -> str:
+def _values(array: np.ndarray, digits: int = 6) -> str:
     if array.dtype.kind == "V" or "float" in array.dtype.name:
         array = array.astype(np.float64)
-    items = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in array.ravel().tolist()]
+    items = [f"{x:.{digits}g}" if isinstance(x, float) else str(x) for x in array.ravel().tolist()]
     return items[0] if array.ndim == 0 else "[" + ", ".join(items) + "]"
 
 

@@ -47,6 +47,7 @@ class Param:
     type: TensorType
     digest: str
     nbytes: int
+    external: bool
     _load: Callable[[], np.ndarray] = field(repr=False, compare=False)
 
     @property
@@ -246,7 +247,7 @@ class _Reader:
         kind = TensorType(dtype_name(tensor.data_type), tuple(tensor.dims))
         if tensor.data_location != TensorProto.EXTERNAL:
             data = _inline_bytes(tensor)
-            return Param(name, kind, _digest(data), len(data), lambda: numpy_helper.to_array(tensor))
+            return Param(name, kind, _digest(data), len(data), False, lambda: numpy_helper.to_array(tensor))
         path, offset, length = self._external(tensor, name)
 
         def read() -> np.ndarray:
@@ -260,7 +261,7 @@ class _Reader:
             for chunk in _chunks(path, offset, length):
                 digest.update(chunk)
             self.digests[key] = digest.hexdigest()
-        return Param(name, kind, self.digests[key], length, read)
+        return Param(name, kind, self.digests[key], length, True, read)
 
     def _external(self, tensor: TensorProto, name: str) -> tuple[Path, int, int]:
         """File, offset and length of an external tensor, checked to lie inside `root` and inside the file."""

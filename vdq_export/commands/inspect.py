@@ -1,0 +1,64 @@
+"""vdq-export inspect PATH: what is in an ONNX file or a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from vdq_export.inspect import GraphSummary, Summary, summarize
+
+WIDEST = 5  # activation scales shown of those that vary most over the bins
+
+
+@click.command("inspect")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def inspect_command(path: Path, as_json: bool) -> None:
+    """Summarise an ONNX file or a bundle: operators, inputs and outputs, sizes, linears quantized, scales per bin."""
+    summary = summarize(path)
+    if as_json:
+        click.echo(summary.to_json().decode(), nl=False)
+    else:
+        print_summary(summary, Console())
+
+
+def print_summary(summary: Summary, console: Console) -> None:
+    made = [text for text in (summary.model, summary.target, summary.recipe) if text]
+    title = f"{summary.path}: {summary.what}, {_bytes(summary.size)}"
+    console.print(title + (f" ({', '.join(made)})" if made else ""), markup=False, highlight=False)
+    table = Table("", *(graph.name for graph in summary.graphs), box=None)
+    for label, row in _rows(summary.graphs):
+        table.add_row(label, *row)
+    console.print(table, markup=False)
+    if summary.scales:
+        ratios = [one.ratio for one in summary.scales]
+        middle = sorted(ratios)[len(ratios) // 2]
+        console.print(f"activation scales over the bins: max/min {middle:.2f} (median), {ratios[0]:.2f} (largest)")
+        for one in summary.scales[:WIDEST]:
+            values = " ".join(f"{scale:.3g}" for scale in one.scales)
+            console.print(f"  {one.where}: {values} (×{one.ratio:.2f})", markup=False, highlight=False)
+
+
+def _rows(graphs: tuple[GraphSummary, ...]) -> list[tuple[str, list[str]]]:
+    rows = [
+        ("inputs", ["\n".join(f"{k} {v}" for k, v in g.inputs.items()) for g in graphs]),
+        ("outputs", ["\n".join(f"{k} {v}" for k, v in g.outputs.items()) for g in graphs]),
+        ("opset", [", ".join(f"{k} {v}" for k, v in g.opsets.items()) for g in graphs]),
+        ("linears quantized", [f"{g.linears_quantized} of {g.linears}" for g in graphs]),
+    ]
+    dtypes = dict.fromkeys(dtype for g in graphs for dtype in g.param_bytes)
+    rows += [(f"{dtype} parameters", [_bytes(g.param_bytes.get(dtype, 0)) for g in graphs]) for dtype in dtypes]
+    types = dict.fromkeys(kind for g in graphs for kind in g.ops)
+    return rows + [(kind, [str(g.ops.get(kind, "")) for g in graphs]) for kind in types]
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
