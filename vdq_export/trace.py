@@ -135,9 +135,11 @@ def _name_by_module(model: ir.Model) -> None:
 
     for name in inputs:
         taken[str(name)] = 1
+    named: set[int] = set()
     for name, value in list(model.graph.initializers.items()):
         if name.startswith(_PREFIX + "."):
             value.name = unique(_strip(name))
+            named.add(id(value))
     for node in model.graph:
         path = _module_path(node)
         if path is None:  # made by a decomposition: it belongs where its first reader does
@@ -148,8 +150,9 @@ def _name_by_module(model: ir.Model) -> None:
             if id(output) not in outputs:
                 output.name = node.name if index == 0 else f"{node.name}:{index}"
         for index, operand in enumerate(node.inputs):
-            if operand is not None and operand.is_initializer() and str(operand.name).startswith("val_"):
-                operand.name = unique(f"{node.name}.{index}")
+            if operand is not None and operand.is_initializer() and id(operand) not in named:
+                operand.name = unique(f"{node.name}.{index}")  # the exporter's own: called after its first reader
+                named.add(id(operand))
 
 
 def _detach_weights(model: ir.Model) -> dict[str, Array]:
