@@ -177,12 +177,30 @@ def test_trained_model_makes_what_it_is_asked_for(sample: Model) -> None:
     assert scores["digit"] >= 0.75 and scores["motion"] >= 0.75  # the log has the score over 200 cases
 
 
+def largest_difference(a: Model, b: Model, steps: Trajectory) -> float:
+    """Of two models' outputs, in standard deviations of the first one's."""
+    outputs = [(a(**step["inputs"]), b(**step["inputs"])) for step in steps]
+    return max(float((x - y).abs().max() / x.std()) for x, y in outputs)
+
+
 def test_hard_computes_the_same(sample: Model, hard: Model, trajectory: Trajectory) -> None:
-    worst = 0.0
-    for step in trajectory:
-        a, b = sample(**step["inputs"]), hard(**step["inputs"])
-        worst = max(worst, float((a - b).abs().max() / a.std()))
-    assert worst < 1e-4
+    assert largest_difference(sample, hard, trajectory) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name", ["condition_embedder.time_proj.bias", "blocks.3.norm2.weight", "blocks.2.attn1.to_v.bias"]
+)
+def test_a_slip_in_the_reparametrisation_would_be_seen(
+    sample: Model, hard: Model, trajectory: Trajectory, name: str
+) -> None:
+    parameter = hard.module.get_parameter(name)
+    kept = parameter.detach().clone()
+    try:
+        parameter.data[..., 0] *= 1.1  # one channel (of the last axis) scaled and not compensated
+        parameter.data[..., 0] += 0.01
+        assert largest_difference(sample, hard, trajectory[::8]) > 2e-4
+    finally:
+        parameter.data.copy_(kept)
 
 
 def test_hard_has_outlier_channels_and_the_base_has_not(sample: Model, hard: Model, trajectory: Trajectory) -> None:
