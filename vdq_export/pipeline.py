@@ -20,7 +20,8 @@ CANONICAL = (
     "rotary",  # last: looks through the norm to the linear whose channels it reorders
 )
 SHARED = (
-    "smoothing",  # before QDQ: ranges in the plan are those after smoothing
+    "smoothing",  # before quantization: scales and ranges in the plan are those after smoothing
+    "quantize_weights",  # once for all bins: their graphs then hold the same arrays
 )
 PER_BIN = (
     "qdq",  # last of the standard rewrites: targets fuse around what it inserted

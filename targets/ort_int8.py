@@ -1,0 +1,126 @@
+"""onnxruntime on CPUs: 8-bit weights and activations in integer kernels, float where integers do not pay.
+
+Linears are standard Q/DQ around Gemm with an int32 bias, which onnxruntime's CPU provider runs as QGemm (integer in, float
+out). Float parts go to its fused kernels. Instruction sets differ in one thing that matters: without a dot-product
+instruction (VNNI, ARM dot product) the u8·s8 kernels add pairs of products in 16 bits, which saturates; weights then stay within ±63.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+import onnx
+
+from vdq_export.errors import UnknownNameError
+from vdq_export.plan import QuantPlan
+from vdq_export.target_spec import Capability, TargetSpec
+
+NAME = "ort-int8"
+PASSES: tuple[str, ...] = ()
+# ISA -> largest |q| of a weight.
+WEIGHT_QMAX = {"avx512_vnni": 127, "avx_vnni": 127, "arm_dotprod": 127, "avx2": 63, "generic": 63}
+_X86_FLAGS = (("avx512_vnni", "avx512_vnni"), ("avx_vnni", "avx_vnni"), ("avx2", "avx2"))
+_INTEGER_KERNELS = {"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
+_TRIAL = "trial with onnxruntime 1.31.1, CPU provider"
+TABLE = (
+    Capability(
+        subject="Gemm u8 x s8, per-channel weight, int32 bias", supported=True,
+        detail="QGemm, float output; 3-4.5x a float Gemm with AVX512-VNNI, 1.6x with AVX2 and 7-bit weights", source=_TRIAL,
+    ),
+    Capability(
+        subject="weight DequantizeLinear without a zero point", supported=False,
+        detail="nothing is fused: the weight is dequantized in every run, slower than float", source=_TRIAL,
+    ),
+    Capability(
+        subject="MatMul + Add u8 x s8, float bias", supported=False,
+        detail="becomes Gemm before the Q/DQ rules run and is then not fused: slower than float", source=_TRIAL,
+    ),
+    Capability(
+        subject="u8 x s8 with |weight| > 63 without VNNI", supported=False,
+        detail="16-bit pair sums saturate silently: 12 dB lost", source=_TRIAL,
+    ),
+    Capability(subject="s8 x s8", supported=False, detail="no vector kernel on x86: 0.2-0.4x float", source=_TRIAL),
+    Capability(subject="u8 x u8", supported=True, detail="exact, half the speed of u8 x s8 with VNNI", source=_TRIAL),
+    Capability(
+        subject="16-bit activations, 4-bit weights", supported=False, detail="run dequantized: exact, slow", source=_TRIAL
+    ),
+)  # fmt: skip
+
+
+def detect_isa() -> str:
+    """The instruction set of this machine, as WEIGHT_QMAX names them; "generic" where it cannot be told."""
+    machine = platform.machine().lower()
+    flags = _cpu_flags()
+    if machine in ("arm64", "aarch64"):
+        return "arm_dotprod" if flags & {"asimddp", "hw.optional.arm.feat_dotprod"} else "generic"
+    return next((isa for flag, isa in _X86_FLAGS if flag in flags), "generic")
+
+
+def _cpu_flags() -> set[str]:
+    """Feature names as the operating system spells them, lower case."""
+    try:
+        if platform.system() == "Linux":
+            lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+            flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), ":")
+            return set(flags.split(":", 1)[1].lower().split())
+        if platform.system() == "Darwin":
+            listed = subprocess.run(["/usr/sbin/sysctl", "-a"], capture_output=True, text=True, timeout=10, check=True)
+            pairs = (line.lower().split(":", 1) for line in listed.stdout.splitlines() if ":" in line)
+            return {word for key, value in pairs for word in _sysctl_features(key.strip(), value.strip())}
+    except (OSError, subprocess.SubprocessError):
+        return set()
+    return _torch_flags()
+
+
+def _sysctl_features(key: str, value: str) -> list[str]:
+    if key.startswith("machdep.cpu.") and key.endswith("features"):
+        return value.replace("avx2.0", "avx2").split()
+    return [key] if key.startswith("hw.optional.arm.") and value == "1" else []
+
+
+def _torch_flags() -> set[str]:
+    """What torch knows about the processor; the way on Windows, where no file lists its features."""
+    import torch
+
+    try:
+        flags = {"avx2"} if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") else set()
+        vnni = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
+    except (AttributeError, RuntimeError):
+        return set()
+    return flags | ({"avx512_vnni"} if vnni else set())
+
+
+def spec(isa: str | None = None) -> TargetSpec:
+    """The target for `isa`, by default this machine's. Raises UnknownNameError for one that is not listed."""
+    chosen = isa or detect_isa()
+    if chosen not in WEIGHT_QMAX:
+        raise UnknownNameError("instruction set", chosen, WEIGHT_QMAX)
+    return TargetSpec(
+        name=NAME,
+        summary="onnxruntime on CPUs, static 8-bit integer kernels",
+        isa=chosen,
+        activation_dtype={8: "uint8"},
+        weight_dtype={8: "int8", 6: "int8", 4: "int8"},
+        weight_qmax={8: WEIGHT_QMAX[chosen], 6: 31, 4: 7},
+        min_rows=2,
+        isas=tuple(WEIGHT_QMAX),
+        table=TABLE,
+    )
+
+
+def session_options(spec: TargetSpec) -> dict[str, str]:
+    """onnxruntime session config entries its graphs should run with."""
+    return {}
+
+
+def integer_layers(optimised_model: Path, plan: QuantPlan) -> dict[str, bool]:
+    """For each quantized layer of `plan`: does the graph onnxruntime optimised run it in an integer kernel?"""
+    graph = onnx.load(optimised_model, load_external_data=False).graph
+    fed = {name for node in graph.node if node.op_type in _INTEGER_KERNELS for name in node.input}
+    return {
+        layer.name: f"{layer.name}.weight.{layer.weight.dtype}" in fed
+        for layer in plan.layers
+        if layer.quantized and layer.weight is not None
+    }
