@@ -125,9 +125,7 @@ def _groups(graph: Graph, plan: QuantPlan) -> Iterator[_Group]:
 def _is_done(group: _Group) -> bool:
     marks = {found[0] if (found := _MARK.search(linear.weight.name)) else "" for linear in group.linears}
     if any(mark and not mark.startswith(group.mark) for mark in marks) or ("" in marks and len(marks) > 1):
-        raise PassError(
-            f"{group.value.name} is smoothed in part, or with other scales", hint="start from the float graph"
-        )
+        raise PassError(f"{group.value.name} is smoothed in part or with other scales", hint="take the float graph")
     return "" not in marks
 
 
