@@ -163,24 +163,30 @@ def blocks(weight: Array, axis: int) -> Iterator[slice]:
         yield slice(start, min(start + step, size))
 
 
+def _tiles(weight: Array) -> Iterator[tuple[slice, slice]]:
+    """(rows, columns) blocks that lie together in memory; weights are often transposed views of a module's own."""
+    across = weight.flags.f_contiguous and not weight.flags.c_contiguous
+    for part in blocks(weight, 1 if across else 0):
+        yield (slice(None), part) if across else (part, slice(None))
+
+
 def peaks(weight: Array, smoothing: Array | None = None) -> Array:
     """Largest |smoothing[k] · weight[k, n]| of each output channel, [N] float32."""
     highest = np.zeros(weight.shape[1], np.float32)
-    for part in blocks(weight, 0):
-        chunk = np.asarray(weight[part], np.float32)
+    for rows, columns in _tiles(weight):
+        chunk = np.asarray(weight[rows, columns], np.float32)
         if smoothing is not None:
-            chunk = chunk * smoothing[part, None]
-        np.maximum(highest, chunk.max(axis=0), out=highest)
-        np.maximum(highest, -chunk.min(axis=0), out=highest)
+            chunk = chunk * smoothing[rows, None]
+        highest[columns] = np.maximum(highest[columns], np.maximum(chunk.max(axis=0), -chunk.min(axis=0)))
     return highest
 
 
 def row_peaks(weight: Array) -> Array:
     """Largest |weight[k, n]| of each input channel, [K] float32."""
-    highest = np.empty(weight.shape[0], np.float32)
-    for part in blocks(weight, 0):
-        chunk = np.asarray(weight[part], np.float32)
-        highest[part] = np.maximum(chunk.max(axis=1), -chunk.min(axis=1))
+    highest = np.zeros(weight.shape[0], np.float32)
+    for rows, columns in _tiles(weight):
+        chunk = np.asarray(weight[rows, columns], np.float32)
+        highest[rows] = np.maximum(highest[rows], np.maximum(chunk.max(axis=1), -chunk.min(axis=1)))
     return highest
 
 

@@ -21,6 +21,7 @@ FLOATS = st.floats(-(2.0**100), 2.0**100, width=32, allow_nan=False)
 MATRICES = arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=12), elements=FLOATS)
 
 
+@settings(deadline=None)
 @given(lo=FLOATS, hi=FLOATS, grid=st.sampled_from(GRIDS))
 def test_affine_holds_zero_and_covers_the_range(lo: float, hi: float, grid: Grid) -> None:
     lo, hi = min(lo, hi), max(lo, hi)
@@ -34,6 +35,7 @@ def test_affine_holds_zero_and_covers_the_range(lo: float, hi: float, grid: Grid
     assert scale * (grid.qmin + grid.levels - zero) >= max(hi, 0) - slack - 1e-7 * grid.levels * scale
 
 
+@settings(deadline=None)
 @given(x=MATRICES, grid=st.sampled_from(GRIDS))
 def test_error_inside_the_range_is_half_a_step_at_most(x: np.ndarray[Any, Any], grid: Grid) -> None:
     scale, zero = affine(float(x.min()), float(x.max()), grid)
@@ -43,6 +45,7 @@ def test_error_inside_the_range_is_half_a_step_at_most(x: np.ndarray[Any, Any], 
     assert error <= scale * (0.5 + 1e-7 * grid.levels)
 
 
+@settings(deadline=None)
 @given(value=FLOATS, grid=st.sampled_from(GRIDS))
 def test_constant_tensor_is_safe_and_exact_where_float32_can(value: float, grid: Grid) -> None:
     scale, zero = affine(value, value, grid)
@@ -75,6 +78,7 @@ def test_fake_quantize_is_what_quantize_linear_does() -> None:
     np.testing.assert_allclose(fake_quantize(x, scale, zero, grid), theirs, rtol=1e-6)
 
 
+@settings(deadline=None)
 @given(
     rows=arrays(np.float32, (3, 9, 4), elements=st.floats(-1e4, 1e4, width=32)),
     smoothing=arrays(np.float32, 4, elements=st.floats(2.0**-10, 2.0**10, width=32)),
@@ -130,6 +134,7 @@ def test_ranges_never_leave_the_known_extremes() -> None:
 # -- weights ---------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(weight=MATRICES, qmax=st.sampled_from([7, 63, 127]))
 def test_weight_error_is_half_a_step_at_most(weight: np.ndarray[Any, Any], qmax: int) -> None:
     scale = weight_scale(weight, qmax)
@@ -147,7 +152,7 @@ def test_dead_weight_channel_is_safe() -> None:
         np.testing.assert_allclose(weight_scale(weight, 127, None, method), [1, 0.02, 1], rtol=1e-6)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1000), qmax=st.sampled_from([7, 127]))
 def test_mse_weights_are_never_worse_than_minmax(seed: int, qmax: int) -> None:
     weight = np.random.default_rng(seed).standard_t(3, size=(256, 5)).astype(np.float32)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -42,6 +42,7 @@ def test_peaks_are_a_running_average_with_momentum() -> None:
     assert smoothing.activation_peaks(value, 0.95) == pytest.approx([0.95 * (0.95 * 1 + 0.05 * 3) + 0.05 * 5])
 
 
+@settings(deadline=None)
 @given(a=PEAKS, w=PEAKS, alpha=st.sampled_from([0.0, 0.1, 0.5, 1.0]))
 def test_scales_follow_the_formula_up_to_one_factor(a: Array, w: Array, alpha: float) -> None:
     s = scales(a, w, alpha)
@@ -54,6 +55,7 @@ def test_scales_follow_the_formula_up_to_one_factor(a: Array, w: Array, alpha: f
         assert np.exp(np.log(s[live].astype(float)).mean()) == pytest.approx(1, rel=1e-5)
 
 
+@settings(deadline=None)
 @given(a=PEAKS, w=PEAKS, alpha=st.sampled_from([0.1, 0.5, 1.0]))
 def test_dead_channels_widen_nothing(a: Array, w: Array, alpha: float) -> None:
     s = scales(a, w, alpha).astype(float)
