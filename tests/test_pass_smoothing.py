@@ -31,7 +31,6 @@ from vdq_export.contract import PassContext
 from vdq_export.graph import Array, Graph
 from vdq_export.passes import smoothing
 
-
 # -- the five places ----------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,6 @@ from vdq_export.graph import Graph
 from vdq_export.passes import _channel_factor as channel
 from vdq_export.passes import _commuting_ops, smoothing
 
-
 # -- contract -----------------------------------------------------------------------------------------------------
 
 
