@@ -5,9 +5,9 @@ Legend: M rows, K input channels, N output channels; scale, zero_point: of this 
     Gemm(x[M, K], DequantizeLinear(q_w, s_w), b[N])
       ->  Gemm(DequantizeLinear(QuantizeLinear(x)), DequantizeLinear(q_w, s_w), DequantizeLinear(q_b, scale·s_w))
 
-q_b = round(b / (scale·s_w)) in int32 (zeros where the linear has no bias): the accumulator's own grid, which is what lets
-a runtime run the three as one integer kernel with float output. Linears that read one value with one range share its
-QuantizeLinear and DequantizeLinear. Bins differ in these small constants only; their names are the same in every bin.
+q_b = round(b / (scale·s_w)) in int32 (zeros where the linear has no bias): the accumulator's own grid, which is what
+lets a runtime run the three as one integer kernel with float output. Linears that read one value with one range share
+its QuantizeLinear and DequantizeLinear. Bins differ in these small constants only; their names are those of every bin.
 """
 
 from __future__ import annotations
@@ -63,9 +63,8 @@ def _apply(
         graph.constant(f"{path}.bias.int32", _to_int32(bias, grid, path)),
         graph.constant(f"{path}.bias.scale", grid),
     ]
-    restored = graph.add_node(
-        "DequantizeLinear", operands, graph.fresh(f"{path}/Bias"), dtype=np.float32, shape=[layer.shape[1]], attrs={"axis": 0}
-    )
+    name, shape = graph.fresh(f"{path}/Bias"), [layer.shape[1]]
+    restored = graph.add_node("DequantizeLinear", operands, name, dtype=np.float32, shape=shape, attrs={"axis": 0})
     if len(gemm.inputs) > 2:
         gemm.inputs[2] = restored
     else:
@@ -81,14 +80,13 @@ def _round_trip(graph: Graph, value: Value, scale: np.float32, zero_point: int, 
         graph.constant(graph.fresh(f"{base}.zero_point"), np.array(zero_point, integer)),
     ]
     shape = list(value.shape)
-    q = graph.add_node("QuantizeLinear", [value, *parameters], graph.fresh(f"{base}/Quantize"), dtype=integer, shape=shape)
-    return graph.add_node(
-        "DequantizeLinear", [q, *parameters], graph.fresh(f"{base}/Dequantize"), dtype=np.float32, shape=shape
-    )
+    names = graph.fresh(f"{base}/Quantize"), graph.fresh(f"{base}/Dequantize")
+    q = graph.add_node("QuantizeLinear", [value, *parameters], names[0], dtype=integer, shape=shape)
+    return graph.add_node("DequantizeLinear", [q, *parameters], names[1], dtype=np.float32, shape=shape)
 
 
 def _to_int32(bias: Array, grid: Array, layer: str) -> Array:
     q = np.rint(bias.astype(np.float64) / grid)
     if np.abs(q).max(initial=0.0) > _INT32:
-        raise PlanError(f"layer {layer}: its bias does not fit 32 bits", hint="its input range is too small for its bias")
+        raise PlanError(f"layer {layer}: its bias does not fit 32 bits", hint="its input range is far too small for it")
     return q.astype(np.int32)

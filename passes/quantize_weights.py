@@ -5,10 +5,10 @@ Legend: rows M = product of x's leading dimensions, K input channels, N output c
     Add(MatMul(x[..., K], W[K, N]), b[N])
       ->  Reshape(Gemm(Reshape(x, [M, K]), DequantizeLinear(q[K, N], scale[N], axis=1), b), [..., N])
 
-q = clip(round(W / scale), -qmax, qmax), as the plan says. It costs what rounding costs; everything else is exact. Gemm,
-because its int32 bias is what onnxruntime's integer kernel with float output (QGemm) asks for; the Reshape of a value that
-several linears read is made once. Runs once for all bins, so that their graphs hold the same arrays. One layer at a time,
-in chunks: beside the integers, memory for a few MB of floats.
+q = clip(round(W / scale), -qmax, qmax), as the plan says. It costs what rounding costs; everything else is exact.
+Gemm, because its int32 bias is what onnxruntime's integer kernel with float output (QGemm) asks for; the Reshape of a
+value that several linears read is made once. Runs once for all bins, so that their graphs hold the same arrays. One
+layer at a time, in chunks: beside the integers, memory for a few MB of floats.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ def _rewrite(graph: Graph, linear: Linear, layer: LayerPlan, flat: dict[int, Val
     scale = graph.constant(f"{path}.weight.scale", np.array(layer.weight.scale, np.float32))
     # Zeros, but spelled out: onnxruntime fuses no integer kernel around a DequantizeLinear without a zero point.
     zero = graph.constant(f"{path}.weight.zero_point", np.zeros(n, q.dtype))
+    name = graph.fresh(f"{path}/Weight")
     weight = graph.add_node(
-        "DequantizeLinear", [q, scale, zero], graph.fresh(f"{path}/Weight"), dtype=np.float32, shape=[k, n], attrs={"axis": 1}
+        "DequantizeLinear", [q, scale, zero], name, dtype=np.float32, shape=[k, n], attrs={"axis": 1}
     )
     operands = [flat[id(value)], weight, *([linear.bias] if linear.bias is not None else [])]
     result = graph.add_node("Gemm", operands, f"{path}/Gemm", dtype=np.float32, shape=[rows, n])

@@ -10,8 +10,8 @@ becomes, with the columns of to_q, its bias and its norm's gain reordered once (
     x = Reshape(norm(to_q'(h)), [B, S, H, D]);  a, b = x[..., :D/2], x[..., D/2:]
     y = Concat(a·cos − b·sin, a·sin + b·cos)
 
-Exact: q and k are reordered alike within each head and QKᵀ sums over that axis; the norm's mean square is a sum over the
-channels too. Left alone, with the reason: operands that anything else reads, or that come from no linear.
+Exact: q and k are reordered alike within each head and QKᵀ sums over that axis; the norm's mean square is a sum over
+the channels too. Left alone, with the reason: operands that anything else reads, or that come from no linear.
 """
 
 from __future__ import annotations
@@ -109,8 +109,7 @@ def _linear_before(value: Value) -> tuple[Linear, Node | None] | str:
     if any(len(readers(t)) != 1 for t in norm) or (gain is not None and division is None):
         return f"{value.name} has other readers or is no norm of a linear"
     source = division.inputs[0] if division is not None else value
-    # Behind the canonical norm exactly two nodes read the linear: the square of the mean square, and the division.
-    expected = 2 if division is not None else 1
+    expected = 2 if division is not None else 1  # the square in the norm, and the division
     makers = made_by(source, "Add", "MatMul")
     product = makers if makers is None or makers.op == "MatMul" else made_by(makers.inputs[0], "MatMul")
     linear = as_linear(product) if product is not None else None
@@ -138,12 +137,15 @@ def _use_halves(graph: Graph, rope: _Rope) -> None:
     def whole(name: str, entries: list[int]) -> Value:
         return graph.constant(graph.fresh(f"{path}/{name}"), np.array(entries, np.int64))
 
-    shape = [*lead, heads, 2 * half]
-    dtype = rope.split.outputs[0].dtype
-    x = graph.add_node("Reshape", [rope.split.inputs[0], whole("heads", shape)], graph.fresh(f"{path}/Heads"), dtype=dtype, shape=shape)
+    shape, dtype = [*lead, heads, 2 * half], rope.split.outputs[0].dtype
+    name, target = graph.fresh(f"{path}/Heads"), whole("heads", shape)
+    x = graph.add_node("Reshape", [rope.split.inputs[0], target], name, dtype=dtype, shape=shape)
+    axis = whole("half.axis", [len(shape) - 1])
     for index, pick in enumerate(rope.picks):
-        bounds = [whole("half.start", [index * half]), whole("half.end", [(index + 1) * half]), whole("half.axis", [len(shape) - 1])]
-        part = graph.add_node("Slice", [x, *bounds], graph.fresh(f"{path}/Half"), dtype=dtype, shape=[*lead, heads, half])
+        bounds = [whole("half.start", [index * half]), whole("half.end", [(index + 1) * half]), axis]
+        name = graph.fresh(f"{path}/Half")
+        part = graph.add_node("Slice", [x, *bounds], name, dtype=dtype, shape=[*lead, heads, half])
         graph.replace_uses(pick.outputs[0], part)
-    y = graph.add_node("Concat", list(rope.rotated), graph.fresh(f"{path}/Rotated"), dtype=dtype, shape=shape, attrs={"axis": -1})
+    name = graph.fresh(f"{path}/Rotated")
+    y = graph.add_node("Concat", list(rope.rotated), name, dtype=dtype, shape=shape, attrs={"axis": -1})
     graph.replace_uses(rope.join.outputs[0], y)

@@ -10,7 +10,8 @@ and becomes
 
 and Transpose(Transpose(x, t), p) behind it one Transpose, or none where they cancel.
 
-Exact: every element of the empty tensor is overwritten, so only where it goes is expressed differently. SoC compilers refuse ScatterND; on a CPU it moves elements one index at a time.
+Exact: every element of the empty tensor is overwritten, so only where it goes is expressed differently. SoC compilers
+refuse ScatterND; on a CPU it moves elements one index at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ AFTER = ("fold_constants", "no_ops")
 def run(graph: Graph, context: PassContext) -> PassReport:
     report = PassReport(NAME)
     for node in graph.nodes:
-        if node.op != "ScatterND" or any(r.op == "ScatterND" and r.inputs[0] is node.outputs[0] for r in node.outputs[0].outputs):
+        behind = node.outputs[0].outputs if node.op == "ScatterND" else []
+        if node.op != "ScatterND" or any(r.op == "ScatterND" and r.inputs[0] is node.outputs[0] for r in behind):
             continue
         halves = _halves(node)
         if isinstance(halves, str):
@@ -81,8 +83,7 @@ def _interleave(graph: Graph, odd: Node, a: Value, b: Value, perm: list[int]) ->
         else:
             reader.inputs[0], reader.attrs["perm"] = flat, order
     if old.outputs or any(old is o for o in graph.gs.outputs):
-        turned = graph.add_node(
-            "Transpose", [flat], graph.fresh(f"{path}/Transpose"), dtype=a.dtype, shape=[shape[i] for i in perm], attrs={"perm": perm}
-        )
+        name, turned_shape = graph.fresh(f"{path}/Transpose"), [shape[i] for i in perm]
+        turned = graph.add_node("Transpose", [flat], name, dtype=a.dtype, shape=turned_shape, attrs={"perm": perm})
         graph.replace_uses(old, turned)
     odd.outputs.clear()

@@ -1,8 +1,9 @@
 """onnxruntime on CPUs: 8-bit weights and activations in integer kernels, float where integers do not pay.
 
-Linears are standard Q/DQ around Gemm with an int32 bias, which onnxruntime's CPU provider runs as QGemm (integer in, float
-out). Float parts go to its fused kernels. Instruction sets differ in one thing that matters: without a dot-product
-instruction (VNNI, ARM dot product) the u8·s8 kernels add pairs of products in 16 bits, which saturates; weights then stay within ±63.
+Linears are standard Q/DQ around Gemm with an int32 bias, which onnxruntime's CPU provider runs as QGemm (integer in,
+float out). Float parts go to its fused kernels. Instruction sets differ in one thing that matters: without a
+dot-product instruction (VNNI, ARM dot product) the u8·s8 kernels may add pairs of products in 16 bits, which saturates;
+weights then stay within ±63.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vdq_export.plan import QuantPlan
 from vdq_export.target_spec import Capability, TargetSpec
 
 NAME = "ort-int8"
-PASSES: tuple[str, ...] = ()
+PASSES = ("ort_rotary", "ort_attention")
 # ISA -> largest |q| of a weight.
 WEIGHT_QMAX = {"avx512_vnni": 127, "avx_vnni": 127, "arm_dotprod": 127, "avx2": 63, "generic": 63}
 _X86_FLAGS = (("avx512_vnni", "avx512_vnni"), ("avx_vnni", "avx_vnni"), ("avx2", "avx2"))
@@ -27,7 +28,8 @@ _TRIAL = "trial with onnxruntime 1.31.1, CPU provider"
 TABLE = (
     Capability(
         subject="Gemm u8 x s8, per-channel weight, int32 bias", supported=True,
-        detail="QGemm, float output; 3-4.5x a float Gemm with AVX512-VNNI, 1.6x with AVX2 and 7-bit weights", source=_TRIAL,
+        detail="QGemm, float output; 3-4.5x a float Gemm with AVX512-VNNI, 1.6x with AVX2 and 7-bit weights",
+        source=_TRIAL,
     ),
     Capability(
         subject="weight DequantizeLinear without a zero point", supported=False,
@@ -44,7 +46,8 @@ TABLE = (
     Capability(subject="s8 x s8", supported=False, detail="no vector kernel on x86: 0.2-0.4x float", source=_TRIAL),
     Capability(subject="u8 x u8", supported=True, detail="exact, half the speed of u8 x s8 with VNNI", source=_TRIAL),
     Capability(
-        subject="16-bit activations, 4-bit weights", supported=False, detail="run dequantized: exact, slow", source=_TRIAL
+        subject="16-bit activations, 4-bit weights", supported=False,
+        detail="run dequantized: exact, slow", source=_TRIAL,
     ),
 )  # fmt: skip
 
