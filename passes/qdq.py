@@ -5,9 +5,10 @@ Legend: M rows, K input channels, N output channels; scale, zero_point: of this 
     Gemm(x[M, K], DequantizeLinear(q_w, s_w), b[N])
       ->  Gemm(DequantizeLinear(QuantizeLinear(x)), DequantizeLinear(q_w, s_w), DequantizeLinear(q_b, scale·s_w))
 
-q_b = round(b / (scale·s_w)) in int32 (zeros where the linear has no bias): the accumulator's own grid, which is what
-lets a runtime run the three as one integer kernel with float output. Linears that read one value with one range share
-its QuantizeLinear and DequantizeLinear. Bins differ in these small constants only; their names are those of every bin.
+It costs what rounding x to the plan's grid costs. q_b = round(b / (scale·s_w)) in int32 (zeros where the linear has no
+bias) is the accumulator's own grid: that lets a runtime run the three as one integer kernel with float output. Linears
+that read one value with one range share its QuantizeLinear and DequantizeLinear. Bins differ in these small constants
+only, whose names and shapes are the same in every bin.
 """
 
 from __future__ import annotations

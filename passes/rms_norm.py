@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, is_constant
-from vdq_export.match import made_by, other_input, reduced_axes, scalar, sole_reader
+from vdq_export.match import is_root_mean_square, made_by, other_input, sole_reader
 
 NAME = "rms_norm"
 AFTER = ("fold_constants", "no_ops")
@@ -29,7 +29,7 @@ def run(graph: Graph, context: PassContext) -> PassReport:
             report.skip(node.name, "1/√ is read by more than one Mul")
             continue
         value = other_input(scale, node.outputs[0])
-        if value is None or not _is_mean_square(root, value):
+        if value is None or not is_root_mean_square(root, value):
             report.skip(node.name, "√ is not of the mean square of what is scaled")
             continue
         scale.op = "Div"
@@ -38,19 +38,6 @@ def run(graph: Graph, context: PassContext) -> PassReport:
         report.did(scale.name)
     graph.cleanup()
     return report
-
-
-def _is_mean_square(root: Node, value: object) -> bool:
-    """Whether `root` is Sqrt(ReduceMean(value², last axis) + ε)."""
-    plus = made_by(root.inputs[0], "Add")
-    mean = next((m for t in plus.inputs if (m := made_by(t, "ReduceMean"))), None) if plus else None
-    if plus is None or mean is None or reduced_axes(mean) != [-1]:
-        return False
-    epsilon = other_input(plus, mean.outputs[0])
-    square = made_by(mean.inputs[0], "Pow", "Mul")
-    if epsilon is None or scalar(epsilon) is None or square is None or square.inputs[0] is not value:
-        return False
-    return scalar(square.inputs[1]) == 2.0 if square.op == "Pow" else square.inputs[1] is value
 
 
 def _gain_last(division: Node) -> None:

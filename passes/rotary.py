@@ -22,7 +22,7 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Linear, Node, Value, as_linear, is_constant
-from vdq_export.match import constant_operand, integers, made_by, readers, scalar
+from vdq_export.match import constant_operand, integers, is_root_mean_square, made_by, readers, scalar
 
 NAME = "rotary"
 AFTER = ("fold_constants", "linear", "no_ops", "scatter", "rms_norm")
@@ -115,7 +115,7 @@ def _linear_before(value: Value) -> tuple[Linear, Node | None] | str:
     linear = as_linear(product) if product is not None else None
     if linear is None or linear.output is not source or len(readers(source)) != expected:
         return f"{source.name} is not the output of a linear that only this reads"
-    if division is not None and division.inputs[1].shape != [*source.shape[:-1], 1]:
+    if division is not None and not is_root_mean_square(division.inputs[1].inputs[0], source):
         return f"{division.name} is no norm over all channels"
     return linear, gain
 
@@ -125,8 +125,7 @@ def _reorder_channels(graph: Graph, rope: _Rope) -> None:
     heads, half = rope.split.outputs[0].shape[-3:-1]
     order = np.arange(heads * half * 2).reshape(heads, half, 2).transpose(0, 2, 1).reshape(-1)
     for node in [n for n in (rope.linear.matmul, rope.linear.add, rope.gain) if n is not None]:
-        index = next(i for i, t in enumerate(node.inputs) if is_constant(t))
-        old = node.inputs[index]
+        index, old = next((i, t) for i, t in enumerate(node.inputs) if is_constant(t))
         node.inputs[index] = graph.constant(graph.fresh(f"{old.name}.halves"), np.take(old.values, order, axis=-1))
 
 

@@ -61,3 +61,16 @@ def reduced_axes(node: Node) -> list[int] | None:
         axes = integers(node.inputs[1])
     rank = len(node.inputs[0].shape)
     return None if axes is None else [a - rank if a >= 0 else a for a in axes]
+
+
+def is_root_mean_square(root: Node, value: Value) -> bool:
+    """Whether `root` is Sqrt(ReduceMean(value², last axis) + ε)."""
+    plus = made_by(root.inputs[0], "Add")
+    mean = next((m for t in plus.inputs if (m := made_by(t, "ReduceMean"))), None) if plus else None
+    if root.op != "Sqrt" or plus is None or mean is None or reduced_axes(mean) != [-1]:
+        return False
+    epsilon = other_input(plus, mean.outputs[0])
+    square = made_by(mean.inputs[0], "Pow", "Mul")
+    if epsilon is None or scalar(epsilon) is None or square is None or square.inputs[0] is not value:
+        return False
+    return scalar(square.inputs[1]) == 2.0 if square.op == "Pow" else square.inputs[1] is value
