@@ -50,7 +50,8 @@ def _rewrite(graph: Graph, linear: Linear, layer: LayerPlan, flat: dict[int, Val
     if linear.shape != layer.shape:
         raise PlanError(f"layer {layer.name} is {linear.shape} in the graph, {layer.shape} in the plan")
     (k, n), rows, path = linear.shape, linear.rows, linear.name
-    value, output = linear.value, linear.output
+    # Not linear.value: the linear before this one may have been rewritten since, and its output with it.
+    value, output = linear.matmul.inputs[0], linear.output
     if id(value) not in flat:
         flat[id(value)] = value if len(value.shape) == 2 else _reshape(graph, value, [rows, k], f"{value.name}/Rows")
     q = graph.constant(f"{path}.weight.{layer.weight.dtype}", quantize(linear.weight.values, layer.weight))

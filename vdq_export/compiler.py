@@ -12,14 +12,16 @@ import numpy as np
 from vdq_export import pipeline, recipe, sources, targets
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter
+from vdq_export.calib.bins import Tsw, check_count
 from vdq_export.calib.observe import observe
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.solve import solve
 from vdq_export.contract import PassContext, PassReport
-from vdq_export.errors import PassError
+from vdq_export.errors import CalibrationError, PassError
 from vdq_export.graph import Graph
 from vdq_export.manifest import Manifest, ModelIdentity, Signature, TensorInfo
 from vdq_export.model import Model
+from vdq_export.passes.smoothing import settle
 from vdq_export.plan import QuantPlan
 from vdq_export.progress import Reporter
 from vdq_export.schedule import Schedule
@@ -81,8 +83,9 @@ def make_plan(
     """Everything that looks at data. calibration: reuse a saved record instead of running the model; traced: its graph,
     if there is one already (it is edited)."""
     reporter = reporter or Reporter()
-    spec = targets.load(target).spec(isa)
-    chosen = _load_recipe(recipe)
+    spec, chosen, count = targets.load(target).spec(isa), _load_recipe(recipe), _bin_count(tsw)  # cheap refusals first
+    if calibration is not None and not calibration.is_file():
+        raise CalibrationError(f"no calibration record at {calibration}", hint="--save-calibration writes one")
     model = sources.resolve(model)
     with reporter.stage("trace"):
         graph = traced or trace(model)
@@ -91,7 +94,8 @@ def make_plan(
     if save_calibration:
         record.save(save_calibration)
     with reporter.stage("solve") as advance:
-        plan = solve(graph, record, chosen, spec, tsw=_tsw(tsw), optimal_bins=optimal_bins, progress=advance)
+        plan = solve(graph, record, chosen, spec, tsw=count, optimal_bins=optimal_bins, progress=advance)
+    plan = settle(graph, plan)  # a producer that takes a reader's smoothing keeps its integers, its scales follow
     return Planned(model, spec, graph, plan, reports)
 
 
@@ -133,8 +137,13 @@ def _load_recipe(name: str) -> recipe.Recipe:
     return recipe.load(name)
 
 
-def _tsw(tsw: int | str) -> Any:
-    return int(tsw) if isinstance(tsw, int) or tsw.lstrip("-").isdigit() else tsw
+def _bin_count(tsw: int | str) -> Tsw:
+    count: Any = tsw
+    if isinstance(tsw, str) and tsw.removeprefix("-").isdecimal():
+        count = int(tsw)
+    check_count(count)
+    chosen: Tsw = count
+    return chosen
 
 
 def _record(graph: Graph, model: Model, saved: Path | None, reporter: Reporter) -> CalibrationRecord:

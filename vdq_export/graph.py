@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -25,7 +25,11 @@ from vdq_export.errors import PassError
 
 INLINE_BYTES = 1024  # smaller constants stay inside the .onnx file
 Array = np.ndarray[Any, Any]
-Node, Variable, Constant, Value = gs.Node, gs.Variable, gs.Constant, gs.Tensor
+# graphsurgeon is untyped; these names say which of its objects is meant.
+Node: TypeAlias = Any
+Variable: TypeAlias = Any
+Constant: TypeAlias = Any
+Value: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,14 @@ class Graph:
         """Independent nodes and values, shared weight arrays."""
         duplicate = Graph(self.gs.copy(), self.source)
         duplicate.gs.producer_name = self.gs.producer_name
+        duplicate.gs.producer_version = self.gs.producer_version
         return duplicate
 
     def hash(self) -> str:
-        """sha256 over structure and every constant."""
+        """sha256 over structure and every constant; not over who wrote it: a record outlives an upgrade of torch."""
         proto, arrays = self.skeleton()
+        proto.ClearField("producer_name")
+        proto.ClearField("producer_version")
         digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
         for name in sorted(arrays):
             digest.update(np.ascontiguousarray(arrays[name]).view(np.uint8).data)

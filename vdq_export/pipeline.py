@@ -19,8 +19,11 @@ CANONICAL = (
     "rms_norm",  # Div form: 16-bit Reciprocal is wrong on at least one SoC, and ORT fuses this form
     "rotary",  # last: looks through the norm to the linear whose channels it reorders
 )
-SHARED = (
+FLOAT = (
     "smoothing",  # before quantization: scales and ranges in the plan are those after smoothing
+)
+SHARED = (
+    *FLOAT,
     "quantize_weights",  # once for all bins: their graphs then hold the same arrays
 )
 PER_BIN = (
@@ -71,3 +74,6 @@ def dump_to(folder: Path, wanted: str) -> Callable[[str, Graph], None]:
             graph.save(folder / f"{name}.onnx")
 
     return dump
+
+
+check_order((*CANONICAL, *SHARED, *PER_BIN))

@@ -70,7 +70,10 @@ def verify(
         graph = trace(model, tolerance=thresholds.max_float_error)
     if graph.source != bundle.manifest.model.weight_hash:
         raise ModelError(f"{model.name} has other weights than the model of {bundle.path}", hint="pass its own model")
-    pipeline.run_passes(graph, pipeline.CANONICAL, PassContext(spec=targets.load(plan.target).spec(bundle.manifest.isa)))
+    spec = targets.load(plan.target).spec(bundle.manifest.isa)
+    pipeline.run_passes(graph, pipeline.CANONICAL, PassContext(spec=spec))
+    # Smoothed, too: folding s into a producer changes what that layer puts out, in float and quantized graph alike.
+    pipeline.run_passes(graph, pipeline.FLOAT, PassContext(plan, None, spec))
     layers = compare_layers(bundle, plan, graph, _first_trajectory(model), reporter)
     kernels, floating = count_kernels(bundle, plan)
     made = make_clips(bundle, model, clips, reporter)
