@@ -97,13 +97,15 @@ def partition(
     )
 
 
-def check_count(tsw: Tsw, steps: int) -> None:
+def check_count(tsw: Tsw, steps: int | None = None) -> None:
+    """Raise RecipeError for a number of bins that cannot be; `steps` None while it is not known how many there are."""
     if isinstance(tsw, str):
         if tsw not in ("auto", "all"):
             raise RecipeError(f"--tsw {tsw}: not a number of time ranges", hint="give a number, auto or all")
     elif tsw < 1:
-        raise RecipeError(f"--tsw {tsw}: at least one time range is needed", hint=f"choose 1 to {steps}, auto or all")
-    elif tsw > steps:
+        most = f"to {steps}" if steps else "or more"
+        raise RecipeError(f"--tsw {tsw}: at least one time range is needed", hint=f"choose 1 {most}, auto or all")
+    elif steps is not None and tsw > steps:
         raise RecipeError(
             f"--tsw {tsw}: more time ranges than the {steps} calibrated steps", hint=f"choose 1 to {steps}"
         )

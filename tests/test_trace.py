@@ -196,6 +196,14 @@ def test_tracing_twice_gives_the_same_bytes(plain_graph: Graph) -> None:
     assert trace(plain()).hash() == plain_graph.hash()
 
 
+def test_a_copy_is_the_same_graph(traced: Graph) -> None:
+    copied = traced.copy()
+    assert copied.to_proto().SerializeToString(deterministic=True) == traced.to_proto().SerializeToString(deterministic=True)
+    assert copied.hash() == traced.hash()
+    copied.gs.producer_version = "another torch"
+    assert copied.hash() == traced.hash()
+
+
 def test_weights_are_views_of_the_modules_own(traced: Graph, tiny: Model) -> None:
     weight = traced.values()["blocks.0.ffn.net.2.weight"].values
     assert np.shares_memory(weight, tiny.module.get_parameter("blocks.0.ffn.net.2.weight").detach().numpy())

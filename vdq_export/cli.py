@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
+from difflib import get_close_matches
+from pathlib import Path
 
 import click
 
-from vdq_export.errors import VdqError
+from vdq_export.errors import UnknownNameError, VdqError
 
 
 class BareExport(click.Group):
     """A group whose default command is `export`: `vdq-export sample:digits --tsw 4` needs no verb."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        args = args or ["--help"]
         own = {name for p in self.get_params(ctx) for name in p.opts}
-        if args and args[0] not in self.list_commands(ctx) and args[0] not in own:
+        if args[0] not in self.list_commands(ctx) and args[0] not in own:
+            _refuse_misspelt_command(args[0])
             args = ["export", *args]
         return super().parse_args(ctx, args)
 
@@ -43,10 +47,16 @@ _COMMANDS = {
 }
 
 
-@click.group(cls=BareExport, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+def _refuse_misspelt_command(word: str) -> None:
+    """A word that is no model, no option and nearly a command; as a model it would get a misleading answer."""
+    if word.isidentifier() and not Path(word).exists() and get_close_matches(word, _COMMANDS, cutoff=0.7):
+        raise UnknownNameError("command", word, _COMMANDS)
+
+
+@click.group(cls=BareExport, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="vdq-export")
 def cli() -> None:
-    """Compile a video diffusion transformer into static quantized ONNX graphs, one a timestep bin.
+    """Compile a video diffusion transformer into static quantized graphs.
 
     \b
       vdq-export --target ort-int8 --tsw 4          compile the embedded sample into ./bundle
@@ -60,18 +70,23 @@ def cli() -> None:
 def main() -> None:
     """Entry point: one line per error on stderr, exit code 2; Ctrl-C 130."""
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(prog_name="vdq-export", standalone_mode=False)
     except click.exceptions.Exit as error:
         code = error.exit_code
-    except click.Abort:
-        click.echo("interrupted; nothing was written", err=True)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; no bundle was written", err=True)
         code = 130
     except click.ClickException as error:
-        error.show()
+        context = getattr(error, "ctx", None)
+        where = f"; see {context.command_path} --help" if context is not None else ""
+        click.echo(f"error: {error.format_message()}{where}", err=True)
         code = 2
     except VdqError as error:
         click.echo(f"error: {error}", err=True)
         code = error.exit_code
+    except OSError as error:  # a full disk, a folder that may not be written …
+        click.echo(f"error: {error}", err=True)
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)
 
 

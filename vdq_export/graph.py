@@ -65,6 +65,7 @@ class Graph:
     def __init__(self, graph: gs.Graph, source: str = "") -> None:
         self.gs = graph
         self.source = source
+        self._taken: set[str] | None = None  # names in use or promised by fresh(); None: not collected yet
 
     @staticmethod
     def from_proto(proto: onnx.ModelProto, arrays: Mapping[str, Array] | None = None, source: str = "") -> Graph:
@@ -162,6 +163,7 @@ class Graph:
                     stack.extend(reversed(waiting))
         self.gs.nodes.clear()
         self.gs.nodes.extend(ordered)
+        self._taken = None  # what was dropped frees its name: a second run of a pass then writes the same bytes
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -189,16 +191,19 @@ class Graph:
     # -- editing -------------------------------------------------------------------------------------------------
 
     def fresh(self, name: str) -> str:
-        """`name`, or the first of name_1, name_2 … that no value or node carries yet."""
-        taken = self.gs.tensors().keys() | {n.name for n in self.gs.nodes}
+        """`name`, or the first of name_1, name_2 … that no value or node carries and no earlier call returned."""
+        if self._taken is None:
+            self._taken = self.gs.tensors().keys() | {n.name for n in self.gs.nodes}
         candidate, count = name, 0
-        while candidate in taken:
+        while candidate in self._taken:
             count += 1
             candidate = f"{name}_{count}"
+        self._taken.add(candidate)
         return candidate
 
     def constant(self, name: str, values: Array) -> Constant:
         """A new constant; `name` must be free (use fresh() where repeats are expected)."""
+        self._take(name)
         return gs.Constant(name, np.asarray(values))
 
     def add_node(
@@ -213,10 +218,15 @@ class Graph:
         domain: str | None = None,
     ) -> Variable:
         """Append a node with one output that carries the node's name; returns that output. Call cleanup() afterwards."""
+        self._take(name)
         output = gs.Variable(name, dtype=dtype, shape=None if shape is None else list(shape))
         node = gs.Node(op, name, dict(attrs or {}), list(inputs), [output], domain=domain)
         self.gs.nodes.append(node)
         return output
+
+    def _take(self, name: str) -> None:
+        if self._taken is not None:
+            self._taken.add(name)
 
     def replace_uses(self, old: Value, new: Value, keep: Sequence[Node] = ()) -> None:
         """Let every reader of `old` except the nodes in `keep` read `new`; graph outputs too (they keep their name)."""

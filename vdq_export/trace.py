@@ -89,7 +89,8 @@ def _export(model: Model) -> ir.Model:
     assert exported is not None
     intermediate: ir.Model = exported.model
     # Sequence ops (from split/unbind) have no place in a static graph; weights' transposes stay for the `linear` pass.
-    fold_constants(intermediate, onnx_shape_inference=False, should_fold=lambda n: False if n.op_type == "Transpose" else None)
+    with _quiet():
+        fold_constants(intermediate, onnx_shape_inference=False, should_fold=lambda n: False if n.op_type == "Transpose" else None)
     for tidy in (ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True), ir_passes.IdentityEliminationPass(),
                  ir_passes.RemoveUnusedNodesPass()):
         tidy(intermediate)

@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from vdq_export.errors import ModelError
+from vdq_export.errors import ModelError, VdqError
 from vdq_export.model import Model
 
 ACCEPTS = "package.module:factory"
@@ -28,10 +28,21 @@ def load(spec: str) -> Model:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
         raise ModelError(f"{spec}: no module named {error.name!r}", hint="run where it can be imported") from error
+    except Exception as error:
+        raise ModelError(f"{spec}: importing {module_name} failed: {_one_line(error)}") from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
         raise ModelError(f"{spec}: {module_name} has no function {factory_name!r}")
-    model = factory()
+    try:
+        model = factory()
+    except VdqError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{spec} failed: {_one_line(error)}", hint="call it in Python to see where") from error
     if not isinstance(model, Model):
         raise ModelError(f"{spec} returned {type(model).__name__}", hint="return a vdq_export.Model")
     return model
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
