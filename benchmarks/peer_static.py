@@ -1,0 +1,50 @@
+"""onnxruntime's own quantizer, as its documentation advises for CPUs: QDQ, u8 activations, s8 weights per channel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+OPERATORS = ["MatMul", "Gemm"]
+
+
+class Reader(CalibrationDataReader):  # type: ignore[misc]
+    """Hands out calls {input: array} one by one."""
+
+    def __init__(self, calls: Sequence[dict[str, np.ndarray[Any, Any]]]) -> None:
+        self._calls = iter(calls)
+
+    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
+        return next(self._calls, None)
+
+
+def preprocess(source: Path, out: Path) -> None:
+    """Shape inference and basic optimisation, the documented first step."""
+    quant_pre_process(
+        source,
+        out,
+        skip_symbolic_shape=True,  # every shape is static
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        external_data_location=f"{out.name}.data",
+    )
+
+
+def quantize(source: Path, out: Path, calls: Sequence[dict[str, Any]] | None, ranges: Path | None = None) -> None:
+    """Quantize a preprocessed model. ranges: a file that keeps what calibration found; `calls` None uses it."""
+    quantize_static(
+        source,
+        out,
+        None if calls is None else Reader(calls),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=OPERATORS,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        calibration_cache_path=ranges,
+    )
