@@ -1,0 +1,33 @@
+# Every target builds .venv first when pyproject.toml or constraints.txt changed. Needs Python >= 3.11 as `python3`.
+PYTHON = python3
+BIN = .venv/bin
+READY = .venv/.ready
+
+demo: $(READY)
+	$(BIN)/vdq-export --target ort-int8 --tsw 4 --out demo/bundle --force
+	$(BIN)/vdq-export verify demo/bundle --save
+	$(BIN)/vdq-export run demo/bundle --out demo
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m tests.typecheck
+
+goldens: $(READY)
+	$(BIN)/python -m tests.goldens
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build dist demo vdq_export.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools --editable ".[dev]"
+	touch $(READY)
+
+.PHONY: demo test lint goldens bench clean
