@@ -11,12 +11,32 @@ from pathlib import Path
 import onnx
 
 from tests.graphs import quantized_linear, transformer
+from tests.smoothing_cases import plan_for, with_scale
+from vdq_export import pipeline
+from vdq_export.contract import PassContext
+from vdq_export.graph import Graph
 from vdq_export.graph_view import from_proto
 from vdq_export.normal_form import normal_form
+
+
+
+def quantized_transformer(order: tuple[str, ...]) -> onnx.ModelProto:
+    """One block through the passes named in `order`, with a plan of fixed smoothing, scales and zero points."""
+    graph = Graph.from_proto(transformer(1))
+    plan = plan_for(graph)
+    for layer in plan.layers:
+        assert layer.smoothing is not None
+        # Rounded: names carry a digest of the scales, and exp() may differ in its last bit between machines.
+        plan = with_scale(plan, layer.name, tuple(round(s, 3) for s in layer.smoothing.scale))
+    pipeline.run_passes(graph, order, PassContext(plan, plan.bins[0]))
+    return graph.to_proto()
+
 
 FOLDER = Path(__file__).parent / "goldens"
 GOLDENS: dict[str, Callable[[], onnx.ModelProto]] = {
     "transformer-1-block": lambda: transformer(1),
+    "transformer-1-block-smoothed": lambda: quantized_transformer(pipeline.FLOAT),
+    "transformer-1-block-int8": lambda: quantized_transformer((*pipeline.SHARED, *pipeline.PER_BIN)),
     "quantized-linear": quantized_linear,
 }
 
