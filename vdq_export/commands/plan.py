@@ -12,6 +12,7 @@ from rich.table import Table
 from vdq_export import compiler
 from vdq_export.bundle import Bundle
 from vdq_export.commands.options import machine_readable, planning, reporter, verbosity
+from vdq_export.errors import BundleError
 from vdq_export.plan import LayerPlan, QuantPlan
 
 
@@ -27,7 +28,7 @@ def plan_command(model: str, bins: str, as_json: bool, verbose: int, quiet: bool
         planned = compiler.make_plan(model, optimal_bins=bins == "optimal", reporter=reporter(verbose, quiet), **choices)
         plan = planned.plan
     if plan is None:
-        raise click.ClickException(f"{model} carries no plan")
+        raise BundleError(f"{model} carries no plan.json", hint="export it again")
     if as_json:
         click.echo(plan.to_json(), nl=False)
     else:
