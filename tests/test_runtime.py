@@ -33,9 +33,10 @@ def out(tmp_path: Path) -> Path:
     return write(tmp_path / "out").path
 
 
-@pytest.fixture
-def transformer(out: Path) -> Iterator[Transformer]:
-    with load(out, threads=1) as made:
+@pytest.fixture(params=[True, False], ids=["shared", "each"])
+def transformer(out: Path, request: pytest.FixtureRequest) -> Iterator[Transformer]:
+    """Bins on one session, and each on its own."""
+    with load(out, threads=1, share=request.param) as made:
         yield made
 
 
@@ -197,20 +198,21 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.005)
 
 
-def test_the_next_graph_is_loaded_ahead_and_the_last_one_dropped(transformer: Transformer) -> None:
+def test_the_next_graph_is_loaded_ahead_and_the_last_one_dropped(out: Path) -> None:
     x = inputs()
     seen = []
-    for t in (900.0, 800.0, 700.0, 300.0, 100.0):
-        transformer(**x, timestep=t)
-        seen.append(transformer.loaded)
+    with load(out, threads=1, share=False) as transformer:
+        for t in (900.0, 800.0, 700.0, 300.0, 100.0):
+            transformer(**x, timestep=t)
+            seen.append(transformer.loaded)
+        statistics = transformer.statistics
     assert seen == [[0, 1], [0, 1], [1, 2], [2, 3], [0, 3]]  # after the last bin, the first: the next clip
-    statistics = transformer.statistics
     assert (statistics.calls, statistics.switches, statistics.loads) == (5, 3, 5)
     assert statistics.stall_seconds >= statistics.longest_stall >= 0
 
 
 def test_without_prefetch_one_graph_is_held(out: Path) -> None:
-    with load(out, threads=1, prefetch=False) as transformer:
+    with load(out, threads=1, prefetch=False, share=False) as transformer:
         for t, index in ((900.0, 0), (600.0, 1), (900.0, 0)):
             transformer(**inputs(), timestep=t)
             assert transformer.loaded == [index]
@@ -257,10 +259,11 @@ def test_onnxruntime_errors_name_the_graph(out: Path) -> None:
 
 
 def test_session_options_of_the_caller_win(out: Path) -> None:
-    with load(out, session_options={"session.disable_prepacking": "0", "test.key": "x"}) as transformer:
+    chosen = {"session.disable_prepacking": "0", "test.key": "x"}
+    with load(out, share=False, session_options=chosen) as transformer:
         x = inputs()
         check(transformer(**x, timestep=900.0).sample, x, [900], [0])
-        options = transformer._pool.get(0)[0].get_session_options()
+        options = transformer._engine._pool.get(0)[0].get_session_options()
     assert options.get_session_config_entry("session.disable_prepacking") == "0"
     assert options.get_session_config_entry("test.key") == "x"
 
@@ -308,32 +311,33 @@ import numpy as np, psutil
 from vdq_export.runtime import load
 timesteps = [float(t) for t in sys.argv[2].split(",")]
 x = np.ones((1, 4, 2048), np.float32)
-with load(sys.argv[1], threads=1, session_options=dict(e.split("=") for e in sys.argv[3:])) as transformer:
+options = dict(e.split("=") for e in sys.argv[4:])
+with load(sys.argv[1], threads=1, share=sys.argv[3] == "shared", session_options=options) as transformer:
     before = psutil.Process().memory_info().rss
     peak = 0
     for t in timesteps:
         transformer(hidden_states=x, timestep=t, encoder_hidden_states=x)
-        while not all(f.done() for f in list(transformer._pool._futures.values())): pass
+        while not all(f.done() for f in list(transformer._engine._pool._futures.values())): pass
         peak = max(peak, psutil.Process().memory_info().rss)
     print((peak - before) / 2**20)
 """
 
 
 def memory(out: Path, timesteps: str, *options: str) -> float:
-    """MiB that running at these timesteps adds to a process, the graph loaded ahead included."""
+    """MiB that running at these timesteps adds to a process, the graph loaded ahead included; options[0]: sharing."""
     command = [sys.executable, "-c", MEMORY, str(out), timesteps, *options]
     return float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 
 
 def test_four_bins_need_hardly_more_memory_than_one(tmp_path: Path) -> None:
     weight = np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32)  # 16 MiB
-    one = memory(write(tmp_path / "one", weight=weight).path, "900")
     out = write(tmp_path / "four", weight=weight).path
-    four = memory(out, "900,600,300,100")
-    assert one > 15  # the weights are counted
-    assert four <= 1.15 * one
+    for sharing in ("shared", "each"):
+        one = memory(out, "900", sharing)
+        assert one > 15  # the weights are counted
+        assert memory(out, "900,600,300,100", sharing) <= 1.15 * one
     # The yardstick sees a copy: with prepacking each session keeps its own.
-    assert memory(out, "900,600,300,100", "session.disable_prepacking=0") > 1.5 * one
+    assert memory(out, "900,600,300,100", "each", "session.disable_prepacking=0") > 1.5 * one
 
 
 def test_needs_neither_torch_nor_the_exporter(out: Path) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 
 from vdq_export.bundle import Bundle
-from vdq_export.runtime.session import SessionFactory
+from vdq_export.runtime import families
+from vdq_export.runtime.engine import Engine
+from vdq_export.runtime.session import SessionFactory, on_cpu
 from vdq_export.runtime.transformer import Transformer
 from vdq_export.schedule import Uncalibrated
 
@@ -21,14 +23,16 @@ def load(
     session_options: Mapping[str, str] | None = None,
     threads: int | None = None,
     prefetch: bool = True,
+    share: bool = True,
     uncalibrated: Uncalibrated | None = None,
     verify_hashes: bool = True,
 ) -> Transformer:
     """Open the bundle at `path` and return a drop-in for `pipe.transformer`.
 
     providers: onnxruntime execution providers; default: the target's. session_options: onnxruntime config entries,
-    which win over the bundle's. threads: of one operator. prefetch: load the next graph in the background.
-    uncalibrated: what a timestep nobody calibrated gets ("nearest" or "refuse"); default: what the bundle says.
+    which win over the bundle's. threads: of one operator. prefetch: load the next session in the background. share:
+    one session for all bins whose graphs differ in small constants only (CPU provider). uncalibrated: what a timestep
+    nobody calibrated gets ("nearest" or "refuse"); default: what the bundle says.
     Raises BundleError when the bundle is damaged.
     """
     bundle = Bundle.open(path, verify_hashes=verify_hashes)
@@ -36,5 +40,9 @@ def load(
     if uncalibrated is not None:
         schedule = msgspec.structs.replace(schedule, uncalibrated=uncalibrated)
     options = {**bundle.manifest.session, **(session_options or {})}
-    factory = SessionFactory(providers or bundle.manifest.providers, options, threads)
-    return Transformer(bundle, schedule, factory, prefetch=prefetch)
+    chosen = providers or bundle.manifest.providers
+    graphs = [bundle.graph_path(index) for index in range(len(schedule.bins))]
+    # Other providers compile a graph for their device, where scales have to be constants.
+    found = families.find(graphs) if share and on_cpu(chosen) else families.alone(graphs)
+    factory = SessionFactory(chosen, options, threads, several=len(found) > 1)
+    return Transformer(bundle, schedule, Engine(found, schedule, factory, prefetch=prefetch))

@@ -1,8 +1,10 @@
-"""onnxruntime sessions of a bundle's graphs: weights in memory once, the next graph loaded before it is needed.
+"""onnxruntime sessions of a bundle's families: weights in memory once, the next one loaded before it is needed.
 
-Weights are mapped from the bundle's store and handed to every session as the same values. Two settings keep it that
-way: prepacking is off (each session would keep a repacked copy of its own; packing in every run is the price), and all
-sessions allocate activations from one arena. Speed before memory: session_options={"session.disable_prepacking": "0"}.
+One family: onnxruntime maps each weight, packs it for its kernels and lets go of the original.
+Several: they may read the same weights, which are mapped once and handed to every session as the same values. Two
+settings keep it that way: prepacking is off (each session would keep a packed copy of its own; packing in every run is
+the price, a quarter of a step's time), and all sessions allocate activations from one arena. Speed before memory:
+session_options={"session.disable_prepacking": "0"}.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import onnx
 import onnxruntime as ort
 
 from vdq_export.errors import BundleError
+from vdq_export.runtime.families import Family
 
 SHARING = {"session.disable_prepacking": "1", "session.use_env_allocators": "1"}
 CPU = "CPUExecutionProvider"
@@ -37,15 +39,16 @@ class SharedWeights:
         self._values: dict[tuple[Path, int, int, tuple[int, ...]], ort.OrtValue] = {}
         self._lock = threading.Lock()
 
-    def of_graph(self, graph: Path) -> dict[str, ort.OrtValue]:
-        """{initializer name: value} of one .onnx file; 4-bit ones are left to onnxruntime, which maps them itself."""
-        model = onnx.load(graph, load_external_data=False)
+    def of_family(self, family: Family) -> dict[str, ort.OrtValue]:
+        """{initializer name: value}; 4-bit ones are left to onnxruntime, which maps them itself."""
+        model = onnx.load(family.graph, load_external_data=False)
+        lifted = family.constants[family.bins[0]]
         found = {}
         for tensor in model.graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL and tensor.name not in lifted:
                 dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
                 if dtype.isbuiltin == 1:
-                    found[tensor.name] = self._value(tensor, dtype, graph.parent)
+                    found[tensor.name] = self._value(tensor, dtype, family.graph.parent)
         return found
 
     def _value(self, tensor: onnx.TensorProto, dtype: np.dtype[Any], folder: Path) -> ort.OrtValue:
@@ -63,19 +66,21 @@ class SharedWeights:
 
 
 class SessionFactory:
-    """Makes the session of one .onnx file.
+    """Makes the session of a family.
 
     options: onnxruntime config entries; they win over SHARING. threads: of one operator; None lets onnxruntime choose.
+    several: more than one of its sessions will be alive.
     """
 
-    def __init__(self, providers: Sequence[Any], options: Mapping[str, str], threads: int | None) -> None:
+    def __init__(
+        self, providers: Sequence[Any], options: Mapping[str, str], threads: int | None, *, several: bool
+    ) -> None:
         self._providers = list(providers)
-        self._weights = SharedWeights() if self._providers == [CPU] else None
-        shared = SHARING if self._weights else {}
-        self._options = {**shared, **options}
+        self._weights = SharedWeights() if several and on_cpu(providers) else None
+        self._options = {**(SHARING if self._weights else {}), **options}
         self._threads = threads
 
-    def __call__(self, graph: Path) -> ort.InferenceSession:
+    def __call__(self, family: Family) -> ort.InferenceSession:
         """Raises BundleError when onnxruntime refuses the graph or a setting."""
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
@@ -86,12 +91,20 @@ class SessionFactory:
                 _share_arena()
             for key, value in self._options.items():
                 settings.add_session_config_entry(key, value)
+            if family.model:  # bytes have no folder of their own
+                folder = str(family.graph.parent)
+                settings.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
             if self._weights:
-                for name, value in self._weights.of_graph(graph).items():
-                    settings.add_initializer(name, value)
-            return ort.InferenceSession(str(graph), settings, providers=self._providers)
+                for name, weight in self._weights.of_family(family).items():
+                    settings.add_initializer(name, weight)
+            return ort.InferenceSession(family.model or str(family.graph), settings, providers=self._providers)
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
-            raise BundleError(f"onnxruntime cannot load {graph}: {str(error).strip()}") from error
+            raise BundleError(f"onnxruntime cannot load {family.graph}: {str(error).strip()}") from error
+
+
+def on_cpu(providers: Sequence[Any]) -> bool:
+    """Whether graphs run on onnxruntime's own CPU kernels alone, whose ways with memory and constants are known."""
+    return list(providers) == [CPU]
 
 
 def _share_arena() -> None:
@@ -105,20 +118,8 @@ def _share_arena() -> None:
             _arena_registered = True
 
 
-@dataclass
-class Statistics:
-    """What running cost beside the graphs: `switches` counts changes of graph, `stall_seconds` the waits at them."""
-
-    calls: int = 0
-    loads: int = 0
-    switches: int = 0
-    stall_seconds: float = 0.0
-    longest_stall: float = 0.0
-    first_load_seconds: float = 0.0
-
-
 class SessionPool:
-    """Sessions by bin, loaded on background threads. Thread-safe; a session in use outlives its eviction."""
+    """Sessions by number, loaded on background threads. Thread-safe; a session in use outlives its eviction."""
 
     def __init__(self, load: Callable[[int], ort.InferenceSession]) -> None:
         self._load = load
@@ -166,7 +167,7 @@ class SessionPool:
 
     @property
     def loaded(self) -> list[int]:
-        """Bins held or being loaded, ascending."""
+        """Numbers of the sessions held or being loaded, ascending."""
         with self._lock:
             return sorted(self._futures)
 

@@ -17,7 +17,7 @@ from vdq_export.bundle import Bundle
 from vdq_export.errors import BundleError
 from vdq_export.plan import Branch
 from vdq_export.runtime.batching import Array, batch_of, primary, run_batched, timesteps
-from vdq_export.runtime.session import SessionFactory, SessionPool, Statistics
+from vdq_export.runtime.engine import Engine, Statistics
 from vdq_export.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -47,16 +47,12 @@ class Transformer:
     runs on the graph of its timestep and of the guidance branch named by cache_context(). Thread-safe; close() it.
     """
 
-    def __init__(self, bundle: Bundle, schedule: Schedule, factory: SessionFactory, *, prefetch: bool = True) -> None:
+    def __init__(self, bundle: Bundle, schedule: Schedule, engine: Engine) -> None:
         self.bundle = bundle
         self.schedule = schedule
         self.config = Config(bundle.manifest.model.config)
         self._signature = bundle.manifest.signature
-        self._prefetch = prefetch
-        self._pool = SessionPool(lambda index: factory(bundle.graph_path(index)))
-        self._lock = threading.Lock()
-        self._current: dict[Branch, int] = {}
-        self._statistics = Statistics()
+        self._engine = engine
         self._local = threading.local()
 
     def __call__(self, *values: Any, return_dict: bool = True, **named: Any) -> Any:
@@ -73,12 +69,10 @@ class Transformer:
         chosen = {t: self.schedule.select(t, branch) for t in dict.fromkeys(per_sample)}
 
         def run(index: int, feeds: dict[str, Array]) -> Array:
-            result: Array = self._session(index, branch).run([self._signature.outputs[0].name], feeds)[0]
-            return result
+            return self._engine.run(index, branch, feeds, self._signature.outputs[0].name)
 
         result = _like(run_batched(self._signature, arrays, [chosen[t] for t in per_sample], run), like)
-        with self._lock:
-            self._statistics.calls += 1
+        self._engine.count_call()
         return Output(result) if return_dict else (result,)
 
     forward = __call__
@@ -96,13 +90,12 @@ class Transformer:
     @property
     def statistics(self) -> Statistics:
         """A copy of the counts so far."""
-        with self._lock:
-            return Statistics(**{**vars(self._statistics), "loads": self._pool.loads})
+        return self._engine.statistics
 
     @property
     def loaded(self) -> list[int]:
         """Bins whose graphs are in memory or on their way."""
-        return self._pool.loaded
+        return self._engine.loaded
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,7 +120,7 @@ class Transformer:
 
     def close(self) -> None:
         """Free graphs and threads; calls raise BundleError afterwards. Idempotent."""
-        self._pool.close()
+        self._engine.close()
 
     def __enter__(self) -> Transformer:
         return self
@@ -153,34 +146,6 @@ class Transformer:
         if missing:
             raise BundleError(f"input {missing[0]!r} is missing", hint=f"the graphs take {', '.join(names)}")
         return inputs
-
-    def _session(self, index: int, branch: Branch) -> Any:
-        with self._lock:
-            before = self._current.get(branch)
-            self._current[branch] = index
-            wanted = set(self._current.values())
-            coming = [self._following(one, kind) for kind, one in self._current.items()] if self._prefetch else []
-        session, waited = self._pool.get(index)
-        if before != index:
-            with self._lock:
-                self._count(before, waited)
-            self._pool.keep(wanted.union(coming))
-            for one in coming:
-                self._pool.prefetch(one)
-        return session
-
-    def _following(self, index: int, branch: Branch) -> int:
-        # After the last bin the first: the next clip starts there.
-        following = self.schedule.next_bin(index, branch)
-        return self.schedule.order(branch)[0] if following is None else following
-
-    def _count(self, before: int | None, waited: float) -> None:
-        if before is None:
-            self._statistics.first_load_seconds += waited
-            return
-        self._statistics.switches += 1
-        self._statistics.stall_seconds += waited
-        self._statistics.longest_stall = max(self._statistics.longest_stall, waited)
 
 
 def _to_numpy(value: Any, dtype: str) -> Array:

@@ -1,0 +1,117 @@
+"""Runs bins: each on its family's session and with its own constants, the next family loaded before it is needed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import onnxruntime as ort
+
+from vdq_export.plan import Branch
+from vdq_export.runtime.families import Array, Family
+from vdq_export.runtime.session import SessionPool
+from vdq_export.schedule import Schedule
+
+
+@dataclass
+class Statistics:
+    """What running cost beside the graphs: `loads` of sessions, `switches` from bin to bin, `stall_…` waits at them."""
+
+    calls: int = 0
+    loads: int = 0
+    switches: int = 0
+    stall_seconds: float = 0.0
+    longest_stall: float = 0.0
+    first_load_seconds: float = 0.0
+
+
+class Engine:
+    """The sessions of a bundle's families. Thread-safe; close() it."""
+
+    def __init__(
+        self,
+        families: Sequence[Family],
+        schedule: Schedule,
+        make: Callable[[Family], ort.InferenceSession],
+        *,
+        prefetch: bool = True,
+    ) -> None:
+        self._families = list(families)
+        self._family_of = {index: number for number, family in enumerate(families) for index in family.bins}
+        # Values made once: a run hands over pointers, however many constants a bin brings.
+        self._constants = {
+            index: {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()}
+            for family in families
+            for index, values in family.constants.items()
+        }
+        self._schedule = schedule
+        self._prefetch = prefetch
+        self._pool = SessionPool(lambda number: make(self._families[number]))
+        self._lock = threading.Lock()
+        self._current: dict[Branch, int] = {}
+        self._statistics = Statistics()
+
+    def run(self, index: int, branch: Branch, inputs: Mapping[str, Array], output: str) -> Array:
+        """The value `output` of bin `index` for contiguous inputs. branch: of the call, to foresee what comes next.
+
+        Raises BundleError when the graph does not load and after close().
+        """
+        session = self._session(index, branch)
+        binding = session.io_binding()  # its own in every call: a shared one would mix the inputs of two threads
+        for name, constant in self._constants[index].items():
+            binding.bind_ortvalue_input(name, constant)
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, value)
+        binding.bind_output(output)
+        session.run_with_iobinding(binding)
+        result: Array = binding.copy_outputs_to_cpu()[0]
+        return result
+
+    def count_call(self) -> None:
+        with self._lock:
+            self._statistics.calls += 1
+
+    @property
+    def statistics(self) -> Statistics:
+        """A copy of the counts so far."""
+        with self._lock:
+            return replace(self._statistics, loads=self._pool.loads)
+
+    @property
+    def loaded(self) -> list[int]:
+        """Bins whose sessions are in memory or on their way, ascending."""
+        return sorted(index for number in self._pool.loaded for index in self._families[number].bins)
+
+    def close(self) -> None:
+        """Free sessions and threads; idempotent."""
+        self._pool.close()
+
+    def _session(self, index: int, branch: Branch) -> ort.InferenceSession:
+        with self._lock:
+            before = self._current.get(branch)
+            self._current[branch] = index
+            wanted = {self._family_of[one] for one in self._current.values()}
+            following = [self._following(one, kind) for kind, one in self._current.items()] if self._prefetch else []
+        session, waited = self._pool.get(self._family_of[index])
+        if before != index:
+            with self._lock:
+                self._count(before, waited)
+            coming = {self._family_of[one] for one in following}
+            self._pool.keep(wanted | coming)
+            for number in coming:
+                self._pool.prefetch(number)
+        return session
+
+    def _following(self, index: int, branch: Branch) -> int:
+        # After the last bin the first: the next clip starts there.
+        following = self._schedule.next_bin(index, branch)
+        return self._schedule.order(branch)[0] if following is None else following
+
+    def _count(self, before: int | None, waited: float) -> None:
+        if before is None:
+            self._statistics.first_load_seconds += waited
+            return
+        self._statistics.switches += 1
+        self._statistics.stall_seconds += waited
+        self._statistics.longest_stall = max(self._statistics.longest_stall, waited)
