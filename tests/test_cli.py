@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,49 +16,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny_model
+from tests.commands import MODEL, assert_one_line, command
 from vdq_export import bundle_writer, cli, compiler
 from vdq_export.bundle import Bundle
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.graph import Graph
 from vdq_export.model import Model
-
-ROOT = Path(__file__).parents[1]
-MODEL = "tests.tiny_model:build"
-# One thread: two pools of a few threads each on two cores only wait for each other.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-posix = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
-
-
-def start(*arguments: str | Path, cwd: Path, code: str = "") -> subprocess.Popen[str]:
-    """vdq-export with these arguments; `code` runs in the process before it."""
-    script = f"{code}\nfrom vdq_export.cli import main\nmain()"
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-def command(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr)"""
-    return finish(start(*arguments, cwd=cwd))
-
-
-def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
-    code, out, err = result
-    assert code == 2, err
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1, err
-    assert all(word in err for word in words), err
 
 
 class InProcess:
@@ -85,18 +43,6 @@ class InProcess:
 @pytest.fixture
 def inside(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], traced: Graph) -> InProcess:
     return InProcess(monkeypatch, capsys, traced)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a bundle and its calibration record, written by the real command."""
-    folder = tmp_path_factory.mktemp("made")
-    code, out, err = command(
-        MODEL, "--tsw", "2", "--out", "bundle", "--save-calibration", "record.safetensors", "--json", cwd=folder
-    )
-    assert (code, err) == (0, ""), "nothing on stderr when it is no terminal"
-    (folder / "export.json").write_text(out, encoding="utf-8")
-    return folder
 
 
 # -- what it says about itself ---------------------------------------------------------------------------------------
@@ -367,66 +313,3 @@ def test_tampered_bundle_is_refused(made: Path, tmp_path: Path, inside: InProces
     assert_one_line(inside("verify", tmp_path / "b"), "weights.bin", "changed")
     weights.write_bytes(data[:-7])
     assert_one_line(inside("run", tmp_path / "b"), "weights.bin", "truncated")
-
-
-# -- interrupted -----------------------------------------------------------------------------------------------------
-
-
-def partial_there(folder: Path) -> bool:
-    return any(folder.glob("out.partial-*"))
-
-
-def graphs_there(folder: Path) -> bool:
-    return any(folder.glob("out.partial-*/graphs/*.onnx"))
-
-
-def wait_for(condition: Callable[[Path], bool], folder: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 200
-    while not condition(folder):
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@posix
-@pytest.mark.parametrize(
-    ("condition", "later"),
-    [(partial_there, 0.0), (partial_there, 3.0), (graphs_there, 0.0)],
-    ids=["start", "work", "write"],
-)
-def test_ctrl_c_leaves_nothing(condition: Callable[[Path], bool], later: float, tmp_path: Path) -> None:
-    process = start(MODEL, "--tsw", "all", "--out", "out", cwd=tmp_path)
-    wait_for(condition, tmp_path, process)
-    time.sleep(later)
-    process.send_signal(signal.SIGINT)
-    code, out, err = finish(process)
-    if code == 0:  # it had finished before the signal reached it
-        Bundle.open(tmp_path / "out")
-        return
-    assert (code, out) == (130, "")
-    assert err.strip() == "interrupted; no bundle was written"
-    assert list(tmp_path.iterdir()) == []
-
-
-@posix
-def test_kill_at_any_moment_leaves_no_bundle_and_the_next_export_works(made: Path, tmp_path: Path) -> None:
-    """SIGKILL while starting, working and writing; then one export that also clears what the dead ones left."""
-    moments = np.random.default_rng().uniform(0.0, 6.0, 2)
-    record = made / "record.safetensors"
-    for condition, later in [(partial_there, float(m)) for m in moments] + [(graphs_there, 0.0)]:
-        process = start(MODEL, "--tsw", "all", "--calibration", record, "--out", "out", cwd=tmp_path)
-        wait_for(condition, tmp_path, process)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=later)
-        process.kill()
-        code, _, err = finish(process)
-        assert code in (0, -signal.SIGKILL), err
-        if (tmp_path / "out").exists():
-            assert code == 0 or len(Bundle.open(tmp_path / "out").schedule.bins) == len(tiny_model.TIMESTEPS)
-            shutil.rmtree(tmp_path / "out")
-        else:
-            assert code != 0, f"killed {later:.2f} s after it began"
-    code, _, err = command(MODEL, "--tsw", "2", "--calibration", record, "--out", "out", cwd=tmp_path)
-    assert (code, err) == (0, "")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-    Bundle.open(tmp_path / "out")

@@ -198,8 +198,13 @@ def test_tracing_twice_gives_the_same_bytes(plain_graph: Graph) -> None:
 
 def test_a_copy_is_the_same_graph(traced: Graph) -> None:
     copied = traced.copy()
-    assert copied.to_proto().SerializeToString(deterministic=True) == traced.to_proto().SerializeToString(deterministic=True)
+    ours, theirs = (g.to_proto().SerializeToString(deterministic=True) for g in (traced, copied))
+    assert ours == theirs
     assert copied.hash() == traced.hash()
+    copied.add_node("Gelu", [copied.gs.inputs[0]], "x", dtype=np.float32, shape=None, domain="com.microsoft")
+    copied.skeleton()
+    assert [entry.domain for entry in traced.skeleton()[0].opset_import] == [""], "a copy's domains are its own"
+    copied = traced.copy()
     copied.gs.producer_version = "another torch"
     assert copied.hash() == traced.hash()
 

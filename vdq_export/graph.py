@@ -124,6 +124,8 @@ class Graph:
         duplicate = Graph(self.gs.copy(), self.source)
         duplicate.gs.producer_name = self.gs.producer_name
         duplicate.gs.producer_version = self.gs.producer_version
+        if self.gs.import_domains is not None:  # shared, and exporting one graph appends its domains to all of them
+            duplicate.gs.import_domains = list(self.gs.import_domains)
         return duplicate
 
     def hash(self) -> str:
