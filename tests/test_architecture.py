@@ -28,7 +28,7 @@ LAYERS = {
     "vdq_export.ort": 1,
     "vdq_export.contract": 1,
     "vdq_export.model": 1,
-    "vdq_export.schedule": 1,
+    "vdq_export.schedule": 2,
     "vdq_export.calib": 2,
     "vdq_export.passes": 2,
     "vdq_export.targets": 3,
