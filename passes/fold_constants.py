@@ -12,7 +12,7 @@ from math import prod
 
 from vdq_export import ort
 from vdq_export.contract import PassContext, PassReport
-from vdq_export.graph import Graph, Node, is_constant
+from vdq_export.graph import Array, Graph, Node, is_constant
 
 NAME = "fold_constants"
 AFTER: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ def _is_weight_transpose(node: Node) -> bool:
     return node.op == "Transpose" and is_constant(node.inputs[0]) and len(node.inputs[0].shape) == 2
 
 
-def _evaluate(graph: Graph, names: list[str]) -> dict[str, ort.Array]:
+def _evaluate(graph: Graph, names: list[str]) -> dict[str, Array]:
     """Values of constant-only `names`, computed in a copy of the graph that has nothing else."""
     part = graph.copy()
     values = part.values()

@@ -53,14 +53,16 @@ def _merge(node: Node) -> bool:
 
 def _same_as(node: Node) -> Value | None:
     """The value that node's output equals, or None."""
+    if not node.inputs:
+        return None
+    source = node.inputs[0]
     if node.op in ("Identity", "Dropout"):
-        return node.inputs[0]
-    source = node.inputs[0] if node.inputs else None
-    if node.op == "Cast" and source.dtype is not None:
-        target = onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"])
-        return source if np.dtype(source.dtype) == target else None
-    if node.op == "CastLike" and source.dtype is not None and source.dtype == node.inputs[1].dtype:
         return source
-    if node.op == "Transpose" and list(node.attrs.get("perm", [])) == list(range(len(node.attrs.get("perm", [0])))):
-        return source if node.attrs.get("perm") else None
-    return None
+    if node.op == "Cast" and source.dtype is not None:
+        same = np.dtype(source.dtype) == onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"])
+    elif node.op == "CastLike" and source.dtype is not None:
+        same = source.dtype == node.inputs[1].dtype
+    else:
+        perm = list(node.attrs.get("perm", []))
+        same = node.op == "Transpose" and bool(perm) and perm == sorted(perm)
+    return source if same else None

@@ -86,3 +86,11 @@ def expected(x: Array, t: Array, context: Array, indices: list[int]) -> Array:
     gains = np.array([gain(index) for index in indices], np.float32).reshape(-1, 1, 1)
     result: Array = (x @ WEIGHT) * gains + t.reshape(-1, 1, 1) + context
     return result
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())

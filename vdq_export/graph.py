@@ -116,8 +116,7 @@ class Graph:
     def save(self, path: Path) -> None:
         """One .onnx file with its constants inside up to 1 GiB, beside it in `<name>.data` above."""
         large = sum(t.values.nbytes for t in self.constants()) > 2**30
-        extra = {"save_as_external_data": True, "location": path.name + ".data"} if large else {}
-        onnx.save_model(self.to_proto(), path, **extra)
+        onnx.save_model(self.to_proto(), path, save_as_external_data=large, location=path.name + ".data")
 
     def copy(self) -> Graph:
         """Independent nodes and values, shared weight arrays."""

@@ -29,7 +29,7 @@ class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     pass
 
 
-class Bin(_Data):
+class Bin(_Data, frozen=True):
     """Timesteps lo <= t < hi (the highest bin: lo <= t <= hi) of `branch`. `steps` lists the calibrated t, descending."""
 
     index: Annotated[int, Meta(ge=0)]
@@ -43,7 +43,7 @@ class Bin(_Data):
         return f"bin{self.index:02d}"
 
 
-class Range(_Data):
+class Range(_Data, frozen=True):
     """One per-tensor quantizer: what `lo`, `hi` (in the tensor's own units, after smoothing) became, and why."""
 
     lo: float
@@ -53,7 +53,7 @@ class Range(_Data):
     why: str
 
 
-class Smoothing(_Data):
+class Smoothing(_Data, frozen=True):
     """Divide input channel k by scale[k], multiply row k of the weight by it. All layers that read one value share it."""
 
     alpha: float
@@ -61,7 +61,7 @@ class Smoothing(_Data):
     why: str
 
 
-class WeightPlan(_Data):
+class WeightPlan(_Data, frozen=True):
     """Symmetric grid per output channel: scale[N]; `qmax` below the type's own for kernels that would saturate.
 
     The values are those of the weight *after* smoothing: q[k,n] = clip(round(s[k]·W[k,n] / scale[n]), -qmax, qmax).
@@ -73,7 +73,7 @@ class WeightPlan(_Data):
     why: str
 
 
-class LayerPlan(_Data):
+class LayerPlan(_Data, frozen=True):
     """One linear. `value` is the graph value it reads; `keep_float` (a reason) excludes every quantization field."""
 
     name: str
@@ -92,7 +92,7 @@ class LayerPlan(_Data):
         return not self.keep_float
 
 
-class QuantPlan(_Data):
+class QuantPlan(_Data, frozen=True):
     """Everything a set of passes carries out. `graph_hash` ties it to the float graph it was made for."""
 
     model: str

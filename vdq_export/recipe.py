@@ -22,14 +22,14 @@ class _Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     pass
 
 
-class WeightRecipe(_Settings):
+class WeightRecipe(_Settings, frozen=True):
     """Weights: symmetric, one scale per output channel. `mse` narrows each range to the least squared error."""
 
     bits: Literal[4, 6, 8, 16] = 8
     range: Literal["minmax", "mse"] = "minmax"
 
 
-class ActivationRecipe(_Settings):
+class ActivationRecipe(_Settings, frozen=True):
     """Activations: asymmetric, one scale and zero_point per tensor and bin. `percentile` is two-sided, in percent."""
 
     bits: Literal[4, 6, 8, 16] = 8
@@ -38,7 +38,7 @@ class ActivationRecipe(_Settings):
     per_branch: bool = False  # True: conditional and unconditional calls get bins of their own
 
 
-class SmoothingRecipe(_Settings):
+class SmoothingRecipe(_Settings, frozen=True):
     """Channel smoothing X/s · sW. `asq`: one s for all timesteps from a running mean (arXiv text in docs/methods.md).
 
     `alpha` is the migration strength; "search" tries 0.1 … 1.0 by 0.1 per layer or, with `scope = "global"`, once.
@@ -50,14 +50,14 @@ class SmoothingRecipe(_Settings):
     momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.95
 
 
-class Keep(_Settings):
+class Keep(_Settings, frozen=True):
     """Layers left in float: `match` is a shell pattern over module paths, `why` goes into plan and report."""
 
     match: str
     why: str
 
 
-class VerifyRecipe(_Settings):
+class VerifyRecipe(_Settings, frozen=True):
     """Thresholds of `verify`; one that is missed makes it fail, naming layer and bin."""
 
     min_psnr_db: float = 30.0
@@ -67,7 +67,7 @@ class VerifyRecipe(_Settings):
     max_judge_drop: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.1
 
 
-class Recipe(_Settings):
+class Recipe(_Settings, frozen=True):
     """One named way of quantizing; `name`, `summary` and `source` are for people."""
 
     name: str
