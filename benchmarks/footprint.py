@@ -39,7 +39,7 @@ def schedule(settings: dict[str, Any]) -> dict[str, Any]:
     """Task: run the schedule PASSES times. whole: False calls with the first bin's timesteps only, without prefetch."""
     import vdq_export
 
-    calls = read_calls(settings["calls"])[: wan.STEPS]
+    calls: list[dict[str, Any]] = [*read_calls(settings["calls"])[: wan.STEPS]]
     with Peak() as peak:
         transformer = vdq_export.load(
             settings["bundle"], threads=settings["threads"], prefetch=settings["whole"], verify_hashes=False

@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.calibrate import CalibrationDataReader
+from onnxruntime.quantization.quant_utils import QuantFormat, QuantType
+from onnxruntime.quantization.quantize import quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 OPERATORS = ["MatMul", "Gemm"]
 
 
-class Reader(CalibrationDataReader):  # type: ignore[misc]
+class Reader(CalibrationDataReader):
     """Hands out calls {input: array} one by one."""
 
     def __init__(self, calls: Sequence[dict[str, np.ndarray[Any, Any]]]) -> None:
         self._calls = iter(calls)
 
-    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
+    def get_next(self) -> Any:
         return next(self._calls, None)
 
 

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> None:
         with TemporaryDirectory() as folder:
             record = Path(folder) / "record.safetensors"
             for number, (recipe, bins) in enumerate(CONFIGURATIONS):
-                known = {"calibration": record} if record.exists() else {"save_calibration": record}
+                known: dict[str, Any] = {"calibration": record} if record.exists() else {"save_calibration": record}
                 out = Path(folder) / str(number)
                 # traced once for all: passes edit their own copy
                 bundle = vdq_export.export(model, recipe=recipe, tsw=bins, out=out, traced=graph.copy(), **known)

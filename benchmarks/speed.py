@@ -58,7 +58,7 @@ def contestants(prepared: wan.Prepared, arguments: argparse.Namespace) -> dict[s
     if not static.exists():
         settings = {"plain": plain, "calibration": calibration, "out": str(static)}
         common.in_child("speed", "quantize_static", settings, arguments.threads)
-    made = {
+    made: dict[str, dict[str, Any]] = {
         FLOAT: {"kind": "onnxruntime", "path": plain},
         OURS: {"kind": "bundle", "path": str(ours.export_bundle(prepared, 4))},
         STATIC: {"kind": "onnxruntime", "path": str(static)},
@@ -87,7 +87,7 @@ def output_noise(prepared: wan.Prepared, running: Mapping[str, common.Child]) ->
         path = prepared.folder / "outputs.npz"
         child.ask(do="outputs", path=str(path))
         with np.load(path) as stored:
-            outputs[name] = np.stack([stored[key] for key in sorted(stored.files, key=int)])
+            outputs[name] = np.stack([stored[f"arr_{number}"] for number in range(len(stored.files))])
     return {name: float(sqnr_db(outputs[FLOAT], made)) for name, made in outputs.items() if name != FLOAT}
 
 
@@ -112,7 +112,7 @@ def report(
         rows.append([name, f"{statistics.median(ratio):.2f}", spread, milliseconds, decibels])
     heads = ["contestant", "× float", "range", "ms a call", "SQNR dB"]
     notes = (
-        f"Blocks: {shape.title}; diffusers' initialisation, weight seed {wan.WEIGHT_SEED}. Calibration: {shape.clips} "
+        f"Blocks: {shape.title}; random weights N(0, 1/K), seed {wan.WEIGHT_SEED}. Calibration: {shape.clips} "
         f"trajectories of {wan.STEPS} calls (seeds from {wan.CALIBRATION_SEED}), the same for all; held out: 4 calls "
         f"across the schedule (seed {wan.HELD_OUT_SEED}). {arguments.threads} threads; {arguments.rounds} alternating "
         f"rounds of {arguments.repeat} calls after one to warm up; × float is the median over rounds of the ratio to "
