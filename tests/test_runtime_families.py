@@ -155,6 +155,13 @@ def test_a_value_that_is_not_fed_is_an_error(tmp_path: Path) -> None:
         session.run(None, inputs)
 
 
+def test_a_bundle_named_by_a_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, own = both(write(tmp_path / "out"))
+    monkeypatch.chdir(tmp_path)
+    with load("out", threads=1) as transformer:
+        np.testing.assert_array_equal(results(transformer), own)
+
+
 def test_changing_bins_loads_nothing(tmp_path: Path) -> None:
     with load(write(tmp_path / "out").path, threads=1) as transformer:
         results(transformer)
@@ -171,7 +178,7 @@ def test_an_exported_model_is_one_family(tmp_path: Path, tiny: Model, traced: Gr
         bundle = finish(planned, writer)
     (family,) = families.find([bundle.graph_path(index) for index in range(3)])
     assert family.bins == (0, 1, 2)
-    call = {name: tensor.numpy() for name, tensor in tiny_model.inputs(11, 0.0).items()}
+    call: dict[str, Any] = {name: tensor.numpy() for name, tensor in tiny_model.inputs(11, 0.0).items()}
     with load(bundle.path, threads=1) as shared, load(bundle.path, **ITS_OWN) as each:
         for t in tiny_model.TIMESTEPS:
             call["timestep"] = np.array([t], np.float32)

@@ -110,4 +110,5 @@ def _with_inputs(model: onnx.ModelProto, names: Sequence[str]) -> bytes:
             kept.append(tensor)
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-    return model.SerializeToString()
+    data: bytes = model.SerializeToString()
+    return data
