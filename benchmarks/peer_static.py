@@ -15,7 +15,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 OPERATORS = ["MatMul", "Gemm"]
 
 
-class Reader(CalibrationDataReader):
+class Reader(CalibrationDataReader):  # type: ignore[misc]
     """Hands out calls {input: array} one by one."""
 
     def __init__(self, calls: Sequence[dict[str, np.ndarray[Any, Any]]]) -> None:
