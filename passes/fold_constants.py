@@ -2,8 +2,8 @@
 
     node(constants …)  ->  constant
 
-Exact: onnxruntime computes the values once, at export, with the kernels it would use at run time. Transposed weights are
-left to the `linear` pass, which turns them into views instead of copies, and nothing larger than LIMIT_BYTES is made.
+Exact: onnxruntime computes the values once, at export, with the kernels it would use at run time. Transposed weights
+are left to the `linear` pass, which makes views of them instead of copies, and nothing above LIMIT_BYTES is made.
 """
 
 from __future__ import annotations

@@ -67,7 +67,9 @@ def _split_gemm(graph: Graph, node: Node) -> str | None:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None and not is_constant(bias):
         return "the addend is computed"
-    product = graph.add_node("MatMul", [node.inputs[0], matrix], graph.fresh(f"{path}/MatMul"), dtype=np.float32, shape=shape)
+    product = graph.add_node(
+        "MatMul", [node.inputs[0], matrix], graph.fresh(f"{path}/MatMul"), dtype=np.float32, shape=shape
+    )
     result = product
     if bias is not None:
         result = graph.add_node("Add", [product, bias], graph.fresh(f"{path}/Add"), dtype=np.float32, shape=shape)

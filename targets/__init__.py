@@ -15,7 +15,9 @@ from vdq_export.errors import UnknownNameError
 
 def catalogue() -> dict[str, ModuleType]:
     """Target name -> its module."""
-    modules = [import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+    modules = [
+        import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")
+    ]
     return {module.NAME: module for module in modules}
 
 

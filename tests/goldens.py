@@ -19,7 +19,6 @@ from vdq_export.graph_view import from_proto
 from vdq_export.normal_form import normal_form
 
 
-
 def quantized_transformer(order: tuple[str, ...]) -> onnx.ModelProto:
     """One block through the passes named in `order`, with a plan of fixed smoothing, scales and zero points."""
     graph = Graph.from_proto(transformer(1))

@@ -20,6 +20,7 @@ from vdq_export.bundle import Bundle
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 
+
 def partial_there(folder: Path) -> bool:
     return any(folder.glob("out.partial-*"))
 

@@ -200,9 +200,7 @@ def replace_layers(plan: QuantPlan) -> QuantPlan:
 
 
 @pytest.mark.parametrize("name", FLOAT_PASSES)
-def test_float_passes_are_exact(
-    name: str, traced: Graph, plan: QuantPlan, tiny_feeds: Mapping[str, Array]
-) -> None:
+def test_float_passes_are_exact(name: str, traced: Graph, plan: QuantPlan, tiny_feeds: Mapping[str, Array]) -> None:
     context = PassContext(plan, plan.bins[0], SPEC)
     graph = before(name, traced, context)
     pipeline.run_passes(graph, [name], context)

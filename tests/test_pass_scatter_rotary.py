@@ -56,7 +56,9 @@ def test_rotary_leaves_a_linear_that_something_else_reads(traced: Graph) -> None
     graph = traced.copy()
     pipeline.run_passes(graph, pipeline.CANONICAL[:-1], PassContext())
     linear = next(one for one in graph.linears() if one.name == "blocks.0.attn1.to_q")
-    graph.gs.outputs.append(graph.add_node("Neg", [linear.output], "probe", dtype=np.float32, shape=linear.output.shape))
+    graph.gs.outputs.append(
+        graph.add_node("Neg", [linear.output], "probe", dtype=np.float32, shape=linear.output.shape)
+    )
     (report,) = pipeline.run_passes(graph, ["rotary"], PassContext())
     assert report.applied == 2  # q and k of the other block
     assert [s.where for s in report.skipped] == ["blocks.0.attn1/MatMul"]

@@ -1,6 +1,6 @@
 """The ONNX graph as passes see it; the only file that imports onnx_graphsurgeon.
 
-Names: a node is "<module path>/<Op>", its first output carries the node's name, an initializer the name of its parameter.
+Names: a node is "<module path>/<Op>", its first output carries the node's name, an initializer its parameter's path.
 A *linear* is, after the canonical passes, MatMul(x[..., K], W[K, N]) with an optional Add(bias[N]) behind it.
 
 Weights stay where they are: a Constant holds a numpy array that may be a view of a torch parameter or of a mapped file.
@@ -218,7 +218,7 @@ class Graph:
         attrs: Mapping[str, Any] | None = None,
         domain: str | None = None,
     ) -> Variable:
-        """Append a node with one output that carries the node's name; returns that output. Call cleanup() afterwards."""
+        """Append a node with one output that carries the node's name; returns it. Call cleanup() afterwards."""
         self._take(name)
         output = gs.Variable(name, dtype=dtype, shape=None if shape is None else list(shape))
         node = gs.Node(op, name, dict(attrs or {}), list(inputs), [output], domain=domain)
@@ -274,5 +274,9 @@ def _map_external(tensor: onnx.TensorProto, folder: Path) -> Array:
     entries = {e.key: e.value for e in tensor.external_data}
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
     return np.memmap(
-        folder / entries["location"], dtype=dtype, mode="r", offset=int(entries.get("offset", 0)), shape=tuple(tensor.dims)
+        folder / entries["location"],
+        dtype=dtype,
+        mode="r",
+        offset=int(entries.get("offset", 0)),
+        shape=tuple(tensor.dims),
     )

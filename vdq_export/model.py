@@ -75,7 +75,8 @@ class Model:
                 raise ModelError(f"example input {name!r} is {type(tensor).__name__}", hint="pass tensors")
         if self.timestep_input not in self.example_inputs:
             raise ModelError(
-                f"no input named {self.timestep_input!r}", hint=f"set timestep_input to one of {', '.join(self.example_inputs)}"
+                f"no input named {self.timestep_input!r}",
+                hint=f"set timestep_input to one of {', '.join(self.example_inputs)}",
             )
         self.module.eval()
         for name, tensor in self.module.state_dict().items():
@@ -90,7 +91,9 @@ class Model:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+            digest.update(
+                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+            )
         for name, tensor in self.example_inputs.items():
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         return digest.hexdigest()
@@ -111,4 +114,6 @@ def first_tensor(output: Any) -> torch.Tensor:
         return first_tensor(next(iter(output.values())))
     if hasattr(output, "sample"):
         return first_tensor(output.sample)
-    raise ModelError(f"the module returned {type(output).__name__}", hint="return a tensor or a tuple that starts with one")
+    raise ModelError(
+        f"the module returned {type(output).__name__}", hint="return a tensor or a tuple that starts with one"
+    )

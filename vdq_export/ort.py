@@ -44,7 +44,9 @@ def session(
     return ort.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
 
 
-def run(graph: Graph, feeds: Mapping[str, Array], outputs: Sequence[str] = (), **session_arguments: Any) -> dict[str, Array]:
+def run(
+    graph: Graph, feeds: Mapping[str, Array], outputs: Sequence[str] = (), **session_arguments: Any
+) -> dict[str, Array]:
     """Run once; {name: array} of the graph's outputs and of the inner values named in `outputs`."""
     made = session(graph, outputs=outputs, **session_arguments)
     names = [o.name for o in made.get_outputs()]

@@ -30,7 +30,7 @@ class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class Bin(_Data, frozen=True):
-    """Timesteps lo <= t < hi (the highest bin: lo <= t <= hi) of `branch`. `steps` lists the calibrated t, descending."""
+    """Timesteps lo <= t < hi (the highest bin: lo <= t <= hi) of `branch`. `steps`: the calibrated t, descending."""
 
     index: Annotated[int, Meta(ge=0)]
     t: tuple[float, float]
@@ -54,7 +54,7 @@ class Range(_Data, frozen=True):
 
 
 class Smoothing(_Data, frozen=True):
-    """Divide input channel k by scale[k], multiply row k of the weight by it. All layers that read one value share it."""
+    """Divide input channel k by scale[k], multiply row k of the weight by it. Layers that read one value share it."""
 
     alpha: float
     scale: tuple[float, ...]
@@ -142,8 +142,12 @@ def _check_layer(layer: LayerPlan, bins: int) -> None:
     if len(layer.weight.scale) != layer.shape[1]:
         raise PlanError(f"layer {layer.name}: {len(layer.weight.scale)} weight scales for {layer.shape[1]} channels")
     if layer.smoothing and len(layer.smoothing.scale) != layer.shape[0]:
-        raise PlanError(f"layer {layer.name}: {len(layer.smoothing.scale)} smoothing scales for {layer.shape[0]} channels")
+        raise PlanError(
+            f"layer {layer.name}: {len(layer.smoothing.scale)} smoothing scales for {layer.shape[0]} channels"
+        )
     low, high = INT_RANGE[layer.activation_dtype]
     for index, one in enumerate(layer.activation):
         if not low <= one.zero_point <= high:
-            raise PlanError(f"layer {layer.name}, bin {index}: zero_point {one.zero_point} outside {layer.activation_dtype}")
+            raise PlanError(
+                f"layer {layer.name}, bin {index}: zero_point {one.zero_point} outside {layer.activation_dtype}"
+            )

@@ -11,7 +11,7 @@ from vdq_export.plan import IntType
 
 
 class Capability(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of a target's table: what is (not) supported and how we know (`source`: documentation or trial, version)."""
+    """One row of a target's table: what is (not) supported, and how we know (`source`: document or trial, version)."""
 
     subject: str
     supported: bool
@@ -22,8 +22,8 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True):
 class TargetSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A target and, where it matters, the instruction set it is compiled for.
 
-    activation_dtype / weight_dtype map bits -> ONNX integer type. weight_qmax: largest |q| of an 8-bit weight (63 where the
-    kernel's 16-bit pair sum would saturate). min_rows: linears over fewer rows stay float. hand_off: standard ops only.
+    activation_dtype, weight_dtype: bits -> ONNX integer type. weight_qmax: largest |q| of a weight (63 where the kernel's
+    16-bit pair sum would saturate). min_rows: linears over fewer rows stay float. hand_off: standard ops only.
     """
 
     name: str

@@ -47,8 +47,8 @@ class _Wrapper(torch.nn.Module):
 def trace(model: Model, *, tolerance: float = 1e-4) -> Graph:
     """The model's float graph, checked against the module on the example inputs.
 
-    tolerance: largest |difference| allowed, relative to the largest |output|. Raises TraceError when the module cannot be
-    exported or the graph does not agree with it.
+    tolerance: largest |difference| allowed, relative to the largest |output|. Raises TraceError when the module cannot
+    be exported or the graph does not agree with it.
     """
     intermediate = _export(model)
     _name_by_module(intermediate)
@@ -60,7 +60,7 @@ def trace(model: Model, *, tolerance: float = 1e-4) -> Graph:
     error = float_error(graph, model)
     if not error <= tolerance:
         raise TraceError(
-            f"{model.name}: the traced graph differs from the module by {error:.2e} of its largest output (allowed {tolerance:.0e})",
+            f"{model.name}: graph and module differ by {error:.2e} of the largest output (allowed {tolerance:.0e})",
             hint="a module whose forward depends on data or randomness cannot be traced",
         )
     return graph
@@ -90,9 +90,14 @@ def _export(model: Model) -> ir.Model:
     intermediate: ir.Model = exported.model
     # Sequence ops (from split/unbind) have no place in a static graph; weights' transposes stay for the `linear` pass.
     with _quiet():
-        fold_constants(intermediate, onnx_shape_inference=False, should_fold=lambda n: False if n.op_type == "Transpose" else None)
-    for tidy in (ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True), ir_passes.IdentityEliminationPass(),
-                 ir_passes.RemoveUnusedNodesPass()):
+        fold_constants(
+            intermediate, onnx_shape_inference=False, should_fold=lambda n: False if n.op_type == "Transpose" else None
+        )
+    for tidy in (
+        ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True),
+        ir_passes.IdentityEliminationPass(),
+        ir_passes.RemoveUnusedNodesPass(),
+    ):
         tidy(intermediate)
     return intermediate
 

@@ -57,7 +57,7 @@ def verify(
 ) -> VerifyReport:
     """Measure `bundle` against its float model and judge it by its recipe's thresholds.
 
-    model: the float model; by default the one the manifest names. clips: whole clips to compare (models with a sampler).
+    model: the float model; by default the one the manifest names. clips: whole clips to compare, given a sampler.
     Raises ModelError when the model is not the one the bundle was made from, BundleError when it carries no plan.
     """
     reporter = reporter or Reporter()
@@ -111,7 +111,7 @@ def compare_layers(
 
 
 def count_kernels(bundle: Bundle, plan: QuantPlan) -> tuple[KernelCount, list[str]]:
-    """Planned integer linears over all bins, those onnxruntime's optimised graphs run as such, and the others' names."""
+    """Planned integer linears over all bins, those onnxruntime runs as such, and the others' names."""
     target = targets.load(plan.target)
     planned, floating = 0, []
     with tempfile.TemporaryDirectory() as folder:
@@ -155,7 +155,8 @@ def _verdict(
     made: _Clips,
 ) -> VerifyReport:
     failures = [
-        f"{q.layer} in bin{q.bin:02d}: SQNR {q.sqnr_db:.1f} dB is below {thresholds.min_layer_sqnr_db:g} (worst at t={q.worst_step:g})"
+        f"{q.layer} in bin{q.bin:02d}: SQNR {q.sqnr_db:.1f} dB is below {thresholds.min_layer_sqnr_db:g}, "
+        f"worst at t={q.worst_step:g}"
         for q in layers
         if q.sqnr_db < thresholds.min_layer_sqnr_db
     ]
@@ -173,7 +174,10 @@ def _verdict(
         for measure, before in scores.float_.items():
             drop = before - scores.quantized[measure]
             if drop > thresholds.max_judge_drop + 1e-9:
-                failures.append(f"judge: {measure} fell by {drop:.3f}, allowed {thresholds.max_judge_drop:g}; weakest: {_worst(layers)}")
+                failures.append(
+                    f"judge: {measure} fell by {drop:.3f}, allowed {thresholds.max_judge_drop:g}; "
+                    f"weakest: {_worst(layers)}"
+                )
     return VerifyReport(
         verdict="fail" if failures else "pass",
         bundle_bytes=bundle.size,

@@ -74,8 +74,13 @@ def make_optimizers(network: torch.nn.Module) -> list[torch.optim.Optimizer]:
     ]
 
 
-def save_checkpoint(path: Path, step: int, average: dict[str, torch.Tensor], network: torch.nn.Module,
-                    optimizers: list[torch.optim.Optimizer]) -> None:
+def save_checkpoint(
+    path: Path,
+    step: int,
+    average: dict[str, torch.Tensor],
+    network: torch.nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+) -> None:
     tensors = {f"average/{n}": t for n, t in average.items()}
     tensors |= {f"network/{n}": t.detach() for n, t in network.state_dict().items()}
     for i, optimizer in enumerate(optimizers):
@@ -86,8 +91,9 @@ def save_checkpoint(path: Path, step: int, average: dict[str, torch.Tensor], net
     partial.replace(path)
 
 
-def load_checkpoint(path: Path, average: dict[str, torch.Tensor], network: torch.nn.Module,
-                    optimizers: list[torch.optim.Optimizer]) -> int:
+def load_checkpoint(
+    path: Path, average: dict[str, torch.Tensor], network: torch.nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> int:
     with safe_open(path, "pt") as file:
         step = int(file.metadata()["step"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -128,9 +134,11 @@ def train(steps: int, batch: int, threads: int, out: Path) -> None:
         with (out / "train.log").open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
-    log(f"# start at step {first} of {steps}: batch {batch}, {threads} CPU threads ({platform.machine()}, "
+    log(
+        f"# start at step {first} of {steps}: batch {batch}, {threads} CPU threads ({platform.machine()}, "
         f"{torch.backends.cpu.get_cpu_capability()}), torch {torch.__version__}, bf16 autocast, "
-        f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters")
+        f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"
+    )
     begun, running = time.monotonic(), 0.0
     for step in range(first, steps):
         clips, prompts, sigmas, noise = batches(step)

@@ -15,7 +15,9 @@ from vdq_export.commands.options import machine_readable, planning, reporter, ve
 
 @click.command("export")
 @planning
-@click.option("--out", type=click.Path(path_type=Path), default=Path("bundle"), show_default=True, help="Bundle folder to write.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("bundle"), show_default=True, help="Bundle folder to write."
+)
 @click.option("--force", is_flag=True, help="Replace a bundle at --out (never anything else).")
 @click.option("--strict", is_flag=True, help="Fail when a pass skips a planned edit.")
 @click.option("--dump-after", metavar="PASS", help="Also write the graph after this pass (or `all`) beside the bundle.")
@@ -43,7 +45,10 @@ def _summary(bundle: Bundle) -> dict[str, Any]:
         "isa": bundle.manifest.isa,
         "recipe": plan.recipe.name,
         "bins": [{"t": b.t, "branch": b.branch, "steps": len(b.steps)} for b in plan.bins],
-        "layers": {"quantized": sum(x.quantized for x in plan.layers), "float": sum(not x.quantized for x in plan.layers)},
+        "layers": {
+            "quantized": sum(x.quantized for x in plan.layers),
+            "float": sum(not x.quantized for x in plan.layers),
+        },
     }
 
 

@@ -27,17 +27,21 @@ def together(*decorators: Decorator) -> Decorator:
 
 planning = together(
     click.argument("model", default=sources.DEFAULT),
-    click.option("--target", default="ort-int8", show_default=True, help="Deployment target; see `vdq-export targets`."),
+    click.option(
+        "--target", default="ort-int8", show_default=True, help="Deployment target; see `vdq-export targets`."
+    ),
     click.option("--isa", help="Instruction set to compile for; by default this machine's."),
     click.option("--tsw", default="4", show_default=True, help="Timestep bins: a number, `auto` or `all`."),
-    click.option("--bins", type=click.Choice(["even", "optimal"]), default="even", show_default=True, help="Edges of the bins."),
-    click.option("--recipe", default="static-asq", show_default=True, help="Recipe name or TOML file; see `vdq-export recipes`."),
+    click.option(
+        "--bins", type=click.Choice(["even", "optimal"]), default="even", show_default=True, help="Edges of the bins."
+    ),
+    click.option(
+        "--recipe", default="static-asq", show_default=True, help="Recipe name or TOML file; see `vdq-export recipes`."
+    ),
     click.option("--calibration", type=click.Path(path_type=Path), help="Reuse this calibration record."),
     click.option("--save-calibration", type=click.Path(path_type=Path), help="Keep the calibration record here."),
 )
 machine_readable = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
-
-
 
 
 verbosity = together(

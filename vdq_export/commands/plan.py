@@ -25,7 +25,9 @@ def plan_command(model: str, bins: str, as_json: bool, verbose: int, quiet: bool
     if Path(model, "manifest.json").is_file():
         plan = Bundle.open(model).plan
     else:
-        planned = compiler.make_plan(model, optimal_bins=bins == "optimal", reporter=reporter(verbose, quiet), **choices)
+        planned = compiler.make_plan(
+            model, optimal_bins=bins == "optimal", reporter=reporter(verbose, quiet), **choices
+        )
         plan = planned.plan
     if plan is None:
         raise BundleError(f"{model} carries no plan.json", hint="export it again")
@@ -39,7 +41,9 @@ def print_plan(plan: QuantPlan) -> None:
     console = Console()
     console.print(f"{plan.model} for {plan.target}, recipe {plan.recipe.name}; {plan.bins_why}", markup=False)
     for one in plan.bins:
-        console.print(f"  {one.name}: t {one.t[0]:g} … {one.t[1]:g}, {len(one.steps)} steps, branch {one.branch}", markup=False)
+        console.print(
+            f"  {one.name}: t {one.t[0]:g} … {one.t[1]:g}, {len(one.steps)} steps, branch {one.branch}", markup=False
+        )
     table = Table("layer", "K × N", "weight", "activation", "smoothing", "scale per bin", box=None)
     for layer in plan.layers:
         table.add_row(*_row(layer))

@@ -21,10 +21,14 @@ from vdq_export.verify import make_clips
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--model", help="The float model with its sampler; by default the one the bundle names.")
 @click.option("--clips", type=click.IntRange(min=1), default=4, show_default=True, help="How many clips to generate.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("clips"), show_default=True, help="Folder for GIF and PNG.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("clips"), show_default=True, help="Folder for GIF and PNG."
+)
 @machine_readable
 @verbosity
-def run_command(bundle: Path, model: str | None, clips: int, out: Path, as_json: bool, verbose: int, quiet: bool) -> None:
+def run_command(
+    bundle: Path, model: str | None, clips: int, out: Path, as_json: bool, verbose: int, quiet: bool
+) -> None:
     """Generate the same clips with the float model and with BUNDLE; write them side by side."""
     opened = Bundle.open(bundle)
     source = sources.resolve(model or opened.manifest.model.name)

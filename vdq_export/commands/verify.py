@@ -21,7 +21,14 @@ from vdq_export.verify import verify
 @verbosity
 @click.pass_context
 def verify_command(
-    ctx: click.Context, bundle: Path, model: str | None, clips: int, save: bool, as_json: bool, verbose: int, quiet: bool
+    ctx: click.Context,
+    bundle: Path,
+    model: str | None,
+    clips: int,
+    save: bool,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
 ) -> None:
     """Compare BUNDLE with its float model, per layer, per bin and on whole clips."""
     opened = Bundle.open(bundle)
@@ -44,7 +51,9 @@ def _text(report: VerifyReport) -> str:
     lines.append(f"integer kernels: {kernels.executed} of {kernels.planned} planned")
     lines.append("weakest layers (SQNR):")
     for quality in sorted(report.layers, key=lambda q: q.sqnr_db)[:5]:
-        lines.append(f"  {quality.sqnr_db:6.1f} dB  {quality.layer} in bin{quality.bin:02d}, worst at t={quality.worst_step:g}")
+        lines.append(
+            f"  {quality.sqnr_db:6.1f} dB  {quality.layer} in bin{quality.bin:02d}, worst at t={quality.worst_step:g}"
+        )
     lines.append(f"bundle: {report.bundle_bytes / 1e6:.2f} MB")
     lines += [f"failed: {line}" for line in report.failures]
     return "\n".join(lines)

@@ -33,4 +33,6 @@ def resolve(spec: Model | str) -> Model:
             model.name = spec
             return model
     forms = ", ".join(kind.ACCEPTS for kind in kinds())
-    raise ModelError(f"cannot find a model at {spec!r}", hint=f"a model is one of: {forms}; commands: vdq-export --help")
+    raise ModelError(
+        f"cannot find a model at {spec!r}", hint=f"a model is one of: {forms}; commands: vdq-export --help"
+    )

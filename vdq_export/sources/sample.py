@@ -16,7 +16,9 @@ _PREFIX = "sample:"
 
 def catalogue() -> dict[str, ModuleType]:
     """Sample name -> the package that loads it."""
-    packages = [import_module(f"vdq_export.samples.{m.name}") for m in pkgutil.iter_modules(vdq_export.samples.__path__)]
+    packages = [
+        import_module(f"vdq_export.samples.{m.name}") for m in pkgutil.iter_modules(vdq_export.samples.__path__)
+    ]
     return {name: package for package in packages for name in package.NAMES}
 
 
