@@ -22,8 +22,8 @@ class Capability(msgspec.Struct, frozen=True, kw_only=True):
 class TargetSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A target and, where it matters, the instruction set it is compiled for.
 
-    activation_dtype, weight_dtype: bits -> ONNX integer type. weight_qmax: largest |q| of a weight (63 where the kernel's
-    16-bit pair sum would saturate). min_rows: linears over fewer rows stay float. hand_off: standard ops only.
+    activation_dtype, weight_dtype: bits -> ONNX integer type. weight_qmax: largest |q| of a weight (63 where the
+    kernel's 16-bit pair sum would saturate). min_rows: linears over fewer rows stay float. hand_off: standard ops only.
     """
 
     name: str
