@@ -25,13 +25,14 @@ from vdq_export.model import Model, Step, Trajectory
 from vdq_export.trace import trace
 
 STEPS = 20
+STRIDE = 4
 SHIFT = 3.0
 CALIBRATION_SEED, HELD_OUT_SEED, WEIGHT_SEED = 1000, 2000, 0
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the network and of one call. clips: calibration trajectories of STEPS calls each."""
+    """Sizes of the network and of one call. clips: calibration prompts, each with every STRIDE-th of the STEPS steps."""
 
     heads: int = 12
     head_dim: int = 128
@@ -40,7 +41,7 @@ class Shape:
     latent: tuple[int, int, int] = (2, 32, 32)
     text_tokens: int = 64
     text_dim: int = 4096
-    clips: int = 2
+    clips: int = 8
 
     @property
     def title(self) -> str:
@@ -52,7 +53,7 @@ class Shape:
 
 
 FULL = Shape()
-SMALL = Shape(heads=2, ffn=704, latent=(1, 16, 16), text_tokens=16, text_dim=128, clips=1)
+SMALL = Shape(heads=2, ffn=704, latent=(1, 16, 16), text_tokens=16, text_dim=128)
 
 
 @dataclass(frozen=True)
@@ -133,24 +134,25 @@ def timesteps() -> list[float]:
 class Clips:
     """Trajectories of random smooth clips on their way from noise: x_t = (1 − t)·x0 + t·noise. Re-iterable."""
 
-    def __init__(self, shape: Shape, seeds: Sequence[int], steps: Sequence[float]) -> None:
-        self.shape, self.seeds, self.steps = shape, seeds, steps
+    def __init__(self, shape: Shape, seeds: Sequence[int], steps: Sequence[float], stride: int = 1) -> None:
+        """stride: clip i makes the calls i, i + stride, … only, so that few calls show many prompts."""
+        self.shape, self.seeds, self.steps, self.stride = shape, seeds, steps, stride
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def __iter__(self) -> Iterator[Trajectory]:
-        for seed in self.seeds:
-            yield self._clip(seed)
+        for number, seed in enumerate(self.seeds):
+            yield self._clip(seed, self.steps[number % self.stride :: self.stride])
 
-    def _clip(self, seed: int) -> list[Step]:
+    def _clip(self, seed: int, steps: Sequence[float]) -> list[Step]:
         generator = torch.Generator().manual_seed(seed)
         frames, height, width = self.shape.latent
         coarse = torch.randn(1, 16, frames, height // 4, width // 4, generator=generator)
         clean = torch.nn.functional.interpolate(coarse, size=self.shape.latent, mode="trilinear")
         noise = torch.randn(clean.shape, generator=generator)
         text = torch.randn(1, self.shape.text_tokens, self.shape.text_dim, generator=generator)
-        return [self._step(t, (1 - t / 1000) * clean + t / 1000 * noise, text) for t in self.steps]
+        return [self._step(t, (1 - t / 1000) * clean + t / 1000 * noise, text) for t in steps]
 
     @staticmethod
     def _step(t: float, latents: torch.Tensor, text: torch.Tensor) -> Step:
@@ -160,8 +162,8 @@ class Clips:
 
 def model(shape: Shape, module: torch.nn.Module | None = None) -> Model:
     """The blocks as a Model; `module` stands in for the network where the graph is already on disk."""
-    clips = Clips(shape, range(CALIBRATION_SEED, CALIBRATION_SEED + shape.clips), timesteps())
-    example = clips._clip(HELD_OUT_SEED)[0]["inputs"]
+    clips = Clips(shape, range(CALIBRATION_SEED, CALIBRATION_SEED + shape.clips), timesteps(), STRIDE)
+    example = clips._clip(HELD_OUT_SEED, clips.steps)[0]["inputs"]
     return Model(module=module or build(shape), example_inputs=example, trajectories=clips, name="wan-blocks")
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from vdq_export.calib.ranges import (
     Grid,
     activation_range,
+    affine,
     fake_quantize,
     quantize_weight,
     row_peaks,
@@ -135,10 +136,23 @@ def _errors(
     group: Group, peaks: tuple[Array, Array], activations: ActivationRecipe, weights: str, bins: Sequence[Sequence[int]]
 ) -> list[float]:
     """Relative output error ‖X̂Ŵ − XW‖² / ‖XW‖² unsmoothed, then for each alpha."""
-    sample = [_few_rows(group.value, slots, max(1, SEARCH_ROWS // len(bins))) for slots in bins]
     columns = np.concatenate(
         [_few_columns(w, max(1, SEARCH_COLUMNS // len(group.weights))) for w in group.weights], axis=1
     )
+    tokens = _distinct_tokens(group.value)
+    if tokens is not None:
+        # Peaks and range of half the tokens, error on the others: extremes of a few prompts are not those of the next.
+        known, sample = tokens[0::2], [tokens[1::2]]
+        peaks = np.abs(known).max(axis=0), peaks[1]
+    else:
+        sample = [_few_rows(group.value, slots, max(1, SEARCH_ROWS // len(bins))) for slots in bins]
+
+    def quantizer(index: int, s: Array) -> tuple[float, int]:
+        if tokens is not None:
+            return affine(float((known / s).min()), float((known / s).max()), group.grid)
+        one = activation_range(group.value, bins[index], activations, group.grid, s)
+        return one.scale, one.zero_point
+
     wanted = np.concatenate(sample) @ columns
     power = float(np.square(wanted, dtype=np.float64).sum())
     if power <= 0:
@@ -146,15 +160,24 @@ def _errors(
     found = []
     for alpha in (None, *ALPHAS):
         s = np.ones(len(columns), np.float32) if alpha is None else scales(*peaks, alpha)
-        quantized = []
-        for rows, slots in zip(sample, bins, strict=True):
-            one = activation_range(group.value, slots, activations, group.grid, s)
-            quantized.append(fake_quantize(rows / s, one.scale, one.zero_point, group.grid))
+        quantized = [fake_quantize(rows / s, *quantizer(i, s), group.grid) for i, rows in enumerate(sample)]
         smooth = columns * s[:, None]
         grid = quantize_weight(smooth, weight_scale(smooth, group.qmax, None, weights), group.qmax)
         error = np.concatenate(quantized) @ grid - wanted
         found.append(float(np.square(error, dtype=np.float64).sum()) / power)
     return found
+
+
+def _distinct_tokens(value: ValueRecord) -> Array | None:
+    """The different sampled rows of a value that shows the same few at every timestep (it depends on the prompt only).
+
+    [n, K], or None where most sampled rows differ: such a value has been seen in all its variety.
+    """
+    _, rows = value.linear()
+    flat = rows.reshape(-1, rows.shape[-1])
+    # A few channels tell rows apart; equal tokens are equal to the bit, they come from the same kernels.
+    first = {row.tobytes(): index for index, row in reversed(list(enumerate(flat[:, :16])))}
+    return flat[sorted(first.values())] if 2 <= len(first) <= len(flat) // 2 else None
 
 
 def _few_rows(value: ValueRecord, slots: Sequence[int], most: int) -> Array:

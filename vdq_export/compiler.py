@@ -148,7 +148,7 @@ def _bin_count(tsw: int | str) -> Tsw:
 
 def _record(graph: Graph, model: Model, saved: Path | None, reporter: Reporter) -> CalibrationRecord:
     if saved is not None:
-        return CalibrationRecord.load(saved, graph.hash())
+        return CalibrationRecord.load(saved)  # solve() checks whose it is
     with reporter.stage("calibrate") as advance:
         return observe(graph, model, progress=advance)
 

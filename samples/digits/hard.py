@@ -26,7 +26,7 @@ import torch
 
 SEED = 31
 EXTRA, MASSIVE = 64, 4  # new FFN units, and how many of them are massive pairs
-GAIN, THRESHOLD = 90.0, 1.5  # a massive unit is GELU(GAIN · (projection − THRESHOLD)); the projection is near N(0, 1)
+GAIN, THRESHOLD = 160.0, 1.0  # a massive unit is GELU(GAIN · (projection − THRESHOLD)); the projection is near N(0, 1)
 SIGMA, OUTLIERS = 0.6, 4  # of log f, and how many channels are raised to 30 … 100
 
 
