@@ -126,8 +126,7 @@ def _reorder_channels(graph: Graph, rope: _Rope) -> None:
     order = np.arange(heads * half * 2).reshape(heads, half, 2).transpose(0, 2, 1).reshape(-1)
     for node in [n for n in (rope.linear.matmul, rope.linear.add, rope.gain) if n is not None]:
         index, old = next((i, t) for i, t in enumerate(node.inputs) if is_constant(t))
-        halves = np.take(old.values.T, order, 0).T  # rows of the transpose lie together in memory
-        node.inputs[index] = graph.constant(graph.fresh(f"{old.name}.halves"), halves)
+        node.inputs[index] = graph.constant(graph.fresh(f"{old.name}.halves"), np.take(old.values.T, order, 0).T)
 
 
 def _use_halves(graph: Graph, rope: _Rope) -> None:
