@@ -39,7 +39,8 @@ def schedule(settings: dict[str, Any]) -> dict[str, Any]:
     """Task: run the schedule PASSES times. whole: False calls with the first bin's timesteps only, without prefetch."""
     import vdq_export
 
-    calls: list[dict[str, Any]] = [*read_calls(settings["calls"])[: wan.STEPS]]
+    # The first calls of the calibration show every timestep once, a few of each of several prompts.
+    calls = sorted(read_calls(settings["calls"])[: wan.STEPS], key=lambda call: -float(call["timestep"][0]))
     with Peak() as peak:
         transformer = vdq_export.load(
             settings["bundle"], threads=settings["threads"], prefetch=settings["whole"], verify_hashes=False

@@ -32,7 +32,7 @@ CALIBRATION_SEED, HELD_OUT_SEED, WEIGHT_SEED = 1000, 2000, 0
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the network and of one call. clips: calibration prompts, each with every STRIDE-th of the STEPS steps."""
+    """Sizes of the network and of one call. clips: calibration prompts, each with every STRIDE-th step."""
 
     heads: int = 12
     head_dim: int = 128

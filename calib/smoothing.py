@@ -37,8 +37,8 @@ from vdq_export.recipe import ActivationRecipe, SmoothingRecipe
 
 ALPHAS = tuple(k / 10 for k in range(1, 11))
 GAIN = 0.98  # smoothing must bring the error below this share: an unsmoothed value costs nothing to run
-SEARCH_ROWS = 256
-SEARCH_COLUMNS = 512
+SEARCH_ROWS = 128
+SEARCH_COLUMNS = 256
 
 
 @dataclass(frozen=True)

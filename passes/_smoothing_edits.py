@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vdq_export.graph import Array, Graph, Node, Value
+from vdq_export.graph import Array, Graph, Node, Value, multiply_lazily
 
 Edge = tuple[Node, int]  # operand `int` of the node
 
@@ -47,6 +47,10 @@ def apply(graph: Graph, edit: Scale | Insert) -> None:
 def multiply(graph: Graph, node: Node, index: int, factor: Array, mark: str = "") -> None:
     """Let `node` read constant · factor, under the constant's name + `mark`; other readers keep the old constant."""
     constant = node.inputs[index]
+    if len(constant.outputs) == 1 and len(constant.shape) == 2:
+        multiply_lazily(constant, factor)
+        constant.name = graph.fresh(f"{constant.name}{mark}") if mark else constant.name
+        return
     values = _trimmed(constant.values * factor.astype(constant.values.dtype), constant.values.ndim)
     if len(constant.outputs) > 1:
         node.inputs[index] = graph.constant(graph.fresh(f"{constant.name}{mark or '.folded'}"), values)

@@ -134,7 +134,8 @@ class Graph:
         proto.ClearField("producer_version")
         digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
         for name in sorted(arrays):
-            digest.update(np.ascontiguousarray(arrays[name]).view(np.uint8).data)
+            # Transposed: linears' weights, the bulk, are views of output-channel-major storage and need no copy so.
+            digest.update(np.ascontiguousarray(arrays[name].T).view(np.uint8).data)
         return digest.hexdigest()
 
     def check(self) -> None:
@@ -260,6 +261,27 @@ def as_linear(node: Node) -> Linear | None:
 
 def is_constant(tensor: Value) -> bool:
     return isinstance(tensor, gs.Constant)
+
+
+class _Product(gs.ir.tensor.LazyValues):
+    """values · factor, computed when it is read."""
+
+    def __init__(self, values: Any, factor: Array) -> None:
+        self.shape, self.dtype, self.nbytes = values.shape, np.dtype(values.dtype), values.nbytes
+        self._values, self._factor = values, factor
+
+    def load(self) -> Array:
+        values = self._values.load() if isinstance(self._values, gs.ir.tensor.LazyValues) else self._values
+        product: Array = values * self._factor.astype(values.dtype)
+        return product
+
+
+def multiply_lazily(weight: Constant, factor: Array) -> None:
+    """weight · factor (broadcast), held as a promise: passes that follow read one weight at a time.
+
+    Smoothing touches every weight before any is quantized; done at once, it would double the model in memory.
+    """
+    weight.values = _Product(weight._values, factor)
 
 
 def _placeholder(name: str, values: Array) -> onnx.TensorProto:
