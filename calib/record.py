@@ -84,17 +84,18 @@ class CalibrationRecord:
     values: Mapping[str, ValueRecord]
     calls: int  # how often the network was run
     sampler: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = field(default="calibration record", compare=False)  # the file it was read from, for messages
 
     @property
     def steps(self) -> tuple[float, ...]:
         """Distinct timesteps, descending."""
         return tuple(sorted({s.t for s in self.slots}, reverse=True))
 
-    def check(self, graph_hash: str, origin: str = "calibration record") -> None:
+    def check(self, graph_hash: str) -> None:
         """Raises CalibrationError unless the record was made from the graph with that hash."""
         if graph_hash != self.graph_hash:
             raise CalibrationError(
-                f"{origin} is of another model: made for graph {self.graph_hash[:12]} ({self.model}), "
+                f"{self.origin} is of another model: made for graph {self.graph_hash[:12]} ({self.model}), "
                 f"this is {graph_hash[:12]}",
                 hint="calibrate this model",
             )
@@ -148,9 +149,10 @@ class CalibrationRecord:
                 if header.get("format") != FORMAT:
                     raise CalibrationError(f"{path} is no calibration record of format {FORMAT}")
                 if graph_hash is not None:  # before reading what may be gigabytes
-                    _build(header, {}).check(graph_hash, str(path))
+                    _build(header, {}, path).check(graph_hash)
                 arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            record = _build(header, {e["name"]: _value(e, arrays, len(header["slots"])) for e in header["values"]})
+            values = {e["name"]: _value(e, arrays, len(header["slots"])) for e in header["values"]}
+            record = _build(header, values, path)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CalibrationError(f"{path} is missing or damaged: {error}", hint="calibrate again") from error
         record.check_finite(str(path))
@@ -165,7 +167,7 @@ def not_finite(name: str, readers: Sequence[str], slot: Slot, where: str) -> Cal
     )
 
 
-def _build(header: dict[str, Any], values: Mapping[str, ValueRecord]) -> CalibrationRecord:
+def _build(header: dict[str, Any], values: Mapping[str, ValueRecord], path: Path) -> CalibrationRecord:
     return CalibrationRecord(
         model=header["model"],
         model_hash=header["model_hash"],
@@ -174,6 +176,7 @@ def _build(header: dict[str, Any], values: Mapping[str, ValueRecord]) -> Calibra
         values=values,
         calls=header["calls"],
         sampler=header["sampler"],
+        origin=str(path),
     )
 
 

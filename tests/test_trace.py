@@ -117,7 +117,7 @@ def test_a_graph_that_differs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 
     honest = Graph.from_proto
     monkeypatch.setattr(trace_module.Graph, "from_proto", staticmethod(broken))
-    with pytest.raises(TraceError, match=r"plain: the traced graph differs from the module by .*e-0\d") as caught:
+    with pytest.raises(TraceError, match=r"plain: graph and module differ by .*e-0\d") as caught:
         trace(plain())
     assert "\n" not in str(caught.value)
 
