@@ -113,11 +113,12 @@ def report(
     heads = ["contestant", "× float", "range", "ms a call", "SQNR dB"]
     notes = (
         f"Blocks: {shape.title}; random weights N(0, 1/K), seed {wan.WEIGHT_SEED}. Calibration: {shape.clips} "
-        f"trajectories of {wan.STEPS} calls (seeds from {wan.CALIBRATION_SEED}), the same for all; held out: 4 calls "
-        f"across the schedule (seed {wan.HELD_OUT_SEED}). {arguments.threads} threads; {arguments.rounds} alternating "
-        f"rounds of {arguments.repeat} calls after one to warm up; × float is the median over rounds of the ratio to "
-        f"the float export's time in the same round, range its extremes. vdq-export is measured through its runtime "
-        f"(recipe {ours.RECIPE}); OpenVINO with float32 where it does not use integers."
+        f"prompts, every {wan.STRIDE}th of {wan.STEPS} steps each (seeds from {wan.CALIBRATION_SEED}), the same for "
+        f"all; held out: 4 calls across the schedule (seed {wan.HELD_OUT_SEED}). {arguments.threads} threads; "
+        f"{arguments.rounds} alternating rounds of {arguments.repeat} calls after one to warm up; × float is the "
+        f"median over rounds of the ratio to the float export's time in the same round, range its extremes. "
+        f"vdq-export is measured through its runtime (recipe {ours.RECIPE}); OpenVINO with float32 where it does not "
+        f"use integers."
     )
     data = {
         "shape": shape.title, "threads": arguments.threads, "rounds": arguments.rounds, "repeat": arguments.repeat,

@@ -54,7 +54,7 @@ def _rewrite(graph: Graph, linear: Linear, layer: LayerPlan, flat: dict[int, Val
     value, output = linear.matmul.inputs[0], linear.output
     if id(value) not in flat:
         flat[id(value)] = value if len(value.shape) == 2 else _reshape(graph, value, [rows, k], f"{value.name}/Rows")
-    q = graph.constant(f"{path}.weight.{layer.weight.dtype}", quantize(linear.weight.values, layer.weight))
+    q = graph.constant(f"{path}.weight.{layer.weight.dtype}", quantize(linear.read_weight(), layer.weight))
     scale = graph.constant(f"{path}.weight.scale", np.array(layer.weight.scale, np.float32))
     # Zeros, but spelled out: onnxruntime fuses no integer kernel around a DequantizeLinear without a zero point.
     zero = graph.constant(f"{path}.weight.zero_point", np.zeros(n, q.dtype))

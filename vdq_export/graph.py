@@ -47,6 +47,12 @@ class Linear:
     def output(self) -> Variable:
         return (self.add or self.matmul).outputs[0]
 
+    def read_weight(self) -> Array:
+        """The weight's values, not kept by the graph where they are a promise (see multiply_lazily)."""
+        held = self.weight._values
+        values: Array = held.load() if isinstance(held, gs.ir.tensor.LazyValues) else held
+        return values
+
     @property
     def shape(self) -> tuple[int, int]:
         """(K, N)"""
