@@ -9,12 +9,17 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny matrices, and one worker a core
 
 import pytest
+from hypothesis import settings
 
 from tests import tiny_model
 from tests.commands import MODEL, command
 from vdq_export.graph import Array, Graph
 from vdq_export.model import Model
 from vdq_export.trace import trace
+
+# The same examples on every run: a red run is one that anybody can repeat. HYPOTHESIS_PROFILE=default explores.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture(scope="session")

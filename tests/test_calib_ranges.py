@@ -155,14 +155,23 @@ def test_dead_weight_channel_is_safe() -> None:
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1000), qmax=st.sampled_from([7, 127]))
 def test_mse_weights_are_never_worse_than_minmax(seed: int, qmax: int) -> None:
+    minmax, mse = weight_errors(seed, qmax)
+    assert (mse <= minmax * (1 + 1e-5)).all()
+
+
+def test_mse_weights_narrow_heavy_tails_at_four_bits() -> None:
+    """Over 20 draws, since in a single one the largest weight may be most of the error whatever the scale."""
+    errors = np.array([[one.sum() for one in weight_errors(seed, 7)] for seed in range(20)]).sum(axis=0)
+    assert errors[1] < 0.95 * errors[0]
+
+
+def weight_errors(seed: int, qmax: int) -> list[np.ndarray]:
+    """Squared error of each of 5 heavy-tailed columns under min-max and under mse scales."""
     weight = np.random.default_rng(seed).standard_t(3, size=(256, 5)).astype(np.float32)
-    errors = [
+    return [
         np.square(ranges.quantize_weight(weight, weight_scale(weight, qmax, None, m), qmax) - weight).sum(axis=0)
         for m in ("minmax", "mse")
     ]
-    assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
-    if qmax == 7:
-        assert errors[1].sum() < 0.95 * errors[0].sum(), "heavy tails at 4 bits: narrowing pays"
 
 
 @pytest.mark.parametrize("method", ["minmax", "mse"])
