@@ -269,7 +269,7 @@ def is_constant(tensor: Value) -> bool:
     return isinstance(tensor, gs.Constant)
 
 
-class _Product(gs.ir.tensor.LazyValues):
+class _Product(gs.ir.tensor.LazyValues):  # type: ignore[misc]  # untyped there
     """values · factor, computed when it is read."""
 
     def __init__(self, values: Any, factor: Array) -> None:
