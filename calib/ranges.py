@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vdq_export.calib.record import ValueRecord
-from vdq_export.graph import Array
+from vdq_export.graph import Array, release
 from vdq_export.plan import INT_RANGE, IntType, Range
 from vdq_export.recipe import ActivationRecipe
 
@@ -168,6 +168,7 @@ def _tiles(weight: Array) -> Iterator[tuple[slice, slice]]:
     across = weight.flags.f_contiguous and not weight.flags.c_contiguous
     for part in blocks(weight, 1 if across else 0):
         yield (slice(None), part) if across else (part, slice(None))
+    release(weight)
 
 
 def peaks(weight: Array, smoothing: Array | None = None) -> Array:

@@ -37,6 +37,7 @@ from vdq_export.recipe import ActivationRecipe, SmoothingRecipe
 
 ALPHAS = tuple(k / 10 for k in range(1, 11))
 GAIN = 0.98  # smoothing must bring the error below this share: an unsmoothed value costs nothing to run
+SILENT = 1e-30  # a channel that never rises above this is dead: its scale would leave float32
 SEARCH_ROWS = 128
 SEARCH_COLUMNS = 256
 
@@ -75,7 +76,7 @@ def activation_peaks(value: ValueRecord, momentum: float) -> Array:
 
 def scales(activation: Array, weight: Array, alpha: float) -> Array:
     """s [K] float32 from a [K] and w [K]; geometric mean 1 over the live channels."""
-    a, w = activation.astype(np.float64), weight.astype(np.float64)
+    a, w = (np.where(peak < SILENT, 0.0, peak.astype(np.float64)) for peak in (activation, weight))
     live = (a > 0) & (w > 0)
     s = np.ones_like(a)
     if not live.any():

@@ -18,7 +18,7 @@ import onnx
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PlanError
-from vdq_export.graph import Array, Graph, Linear, Value
+from vdq_export.graph import Array, Graph, Linear, Value, release
 from vdq_export.plan import LayerPlan, WeightPlan
 
 NAME = "quantize_weights"
@@ -92,4 +92,5 @@ def quantize(weight: Array, plan: WeightPlan) -> Array:
         np.rint(chunk, out=chunk)
         np.clip(chunk, -plan.qmax, plan.qmax, out=chunk)
         q[part] = chunk.T.astype(dtype) if by_column else chunk.astype(dtype)
+    release(weight)
     return q

@@ -11,6 +11,7 @@ between trace and bundle ever copies the model.
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -142,6 +143,7 @@ class Graph:
         for name in sorted(arrays):
             # Transposed: linears' weights, the bulk, are views of output-channel-major storage and need no copy so.
             digest.update(np.ascontiguousarray(arrays[name].T).view(np.uint8).data)
+            release(arrays[name])
         return digest.hexdigest()
 
     def check(self) -> None:
@@ -265,6 +267,19 @@ def as_linear(node: Node) -> Linear | None:
     return Linear(node.name.rsplit("/", 1)[0], node, add, value, weight, bias)
 
 
+def release(array: Array) -> None:
+    """Give the pages of an array mapped read-only back; reading it maps them again. Other arrays are left alone.
+
+    For readers that go through all weights one by one: mapped pages stay resident until somebody needs the memory.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    read_only = not array.flags.writeable  # a private copy-on-write mapping would lose what was written to it
+    if read_only and isinstance(base, mmap.mmap) and hasattr(base, "madvise"):  # Windows has no madvise
+        base.madvise(mmap.MADV_DONTNEED)
+
+
 def is_constant(tensor: Value) -> bool:
     return isinstance(tensor, gs.Constant)
 
@@ -279,6 +294,7 @@ class _Product(gs.ir.tensor.LazyValues):  # type: ignore[misc]  # untyped there
     def load(self) -> Array:
         values = self._values.load() if isinstance(self._values, gs.ir.tensor.LazyValues) else self._values
         product: Array = values * self._factor.astype(values.dtype)
+        release(values)
         return product
 
 
