@@ -48,7 +48,7 @@ def test_scales_follow_the_formula_up_to_one_factor(a: Array, w: Array, alpha: f
     s = scales(a, w, alpha)
     assert np.isfinite(s).all() and (s > 0).all()
     live = (a > 1e-10) & (w > 1e-10)
-    if live.sum() == ((a > smoothing.SILENT) & (w > smoothing.SILENT)).sum() and live.any():
+    if live.sum() == ((a >= smoothing.SILENT) & (w >= smoothing.SILENT)).sum() and live.any():
         wanted = a[live].astype(float) ** alpha / w[live].astype(float) ** (1 - alpha)
         ratio = s[live] / wanted
         assert ratio.max() / ratio.min() == pytest.approx(1, rel=1e-5)
@@ -59,7 +59,7 @@ def test_scales_follow_the_formula_up_to_one_factor(a: Array, w: Array, alpha: f
 @given(a=PEAKS, w=PEAKS, alpha=st.sampled_from([0.1, 0.5, 1.0]))
 def test_dead_channels_widen_nothing(a: Array, w: Array, alpha: float) -> None:
     s = scales(a, w, alpha).astype(float)
-    live = (a > smoothing.SILENT) & (w > smoothing.SILENT)
+    live = (a >= smoothing.SILENT) & (w >= smoothing.SILENT)
     if live.any():
         assert (s * w).max() <= (s * w)[live].max() * (1 + 1e-6)
         assert (a / s).max() <= (a / s)[live].max() * (1 + 1e-6)
