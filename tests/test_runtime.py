@@ -66,7 +66,7 @@ def test_the_timestep_picks_the_graph(transformer: Transformer, t: float, index:
 
 def test_as_diffusers_calls_it(transformer: Transformer) -> None:
     x = inputs()
-    with transformer.cache_context("cond"):
+    with transformer.cache_context("cond", step_index=0, sigma=1.0):  # as diffusers 0.42 calls it
         (result,) = transformer(
             hidden_states=x["hidden_states"],
             timestep=torch.tensor(900),

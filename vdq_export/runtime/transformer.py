@@ -78,8 +78,11 @@ class Transformer:
     forward = __call__
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Calls inside are of guidance branch `name` ("cond" or "uncond"); any other name means a graph for both."""
+    def cache_context(self, name: str, **_: Any) -> Iterator[None]:
+        """Calls inside are of guidance branch `name` ("cond" or "uncond"); any other name means a graph for both.
+
+        Pipelines also say where their loop is (step_index, sigma): the timestep itself decides here.
+        """
         before = getattr(self._local, "branch", "any")
         self._local.branch = name if name in ("cond", "uncond") else "any"
         try:
