@@ -16,8 +16,9 @@ used, for α = 0.1 … 1.0 and for no smoothing at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from vdq_export.graph import Array
 from vdq_export.plan import Smoothing
 from vdq_export.recipe import ActivationRecipe, SmoothingRecipe
 
+Quantizer = Callable[[Array], tuple[float, int]]  # smoothing s [K] -> (scale, zero_point)
 ALPHAS = tuple(k / 10 for k in range(1, 11))
 GAIN = 0.98  # smoothing must bring the error below this share: an unsmoothed value costs nothing to run
 SILENT = 1e-30  # a channel that never rises above this is dead: its scale would leave float32
@@ -122,9 +124,8 @@ def _pick(errors: Array, what: str) -> tuple[float | None, str]:
     best = int(errors[1:].argmin())
     bare, smooth = f"{errors[0]:.2e}", f"{errors[1 + best]:.2e}"
     if errors[1 + best] < GAIN * errors[0]:
-        return ALPHAS[
-            best
-        ], f"alpha {ALPHAS[best]:g} of {len(errors)} candidates: {what} {smooth} against {bare} unsmoothed"
+        why = f"alpha {ALPHAS[best]:g} of {len(errors)} candidates: {what} {smooth} against {bare} unsmoothed"
+        return ALPHAS[best], why
     return None, f"unsmoothed of {len(errors)} candidates: {what} {bare}; best alpha {ALPHAS[best]:g}: {smooth}"
 
 
@@ -140,33 +141,43 @@ def _errors(
     columns = np.concatenate(
         [_few_columns(w, max(1, SEARCH_COLUMNS // len(group.weights))) for w in group.weights], axis=1
     )
-    tokens = _distinct_tokens(group.value)
-    if tokens is not None:
-        # Peaks and range of half the tokens, error on the others: extremes of a few prompts are not those of the next.
-        known, sample = tokens[0::2], [tokens[1::2]]
-        peaks = np.abs(known).max(axis=0), peaks[1]
-    else:
-        sample = [_few_rows(group.value, slots, max(1, SEARCH_ROWS // len(bins))) for slots in bins]
-
-    def quantizer(index: int, s: Array) -> tuple[float, int]:
-        if tokens is not None:
-            return affine(float((known / s).min()), float((known / s).max()), group.grid)
-        one = activation_range(group.value, bins[index], activations, group.grid, s)
-        return one.scale, one.zero_point
-
-    wanted = np.concatenate(sample) @ columns
+    known, trials = _trials(group, peaks[0], activations, bins)
+    wanted = np.concatenate([rows for rows, _ in trials]) @ columns
     power = float(np.square(wanted, dtype=np.float64).sum())
     if power <= 0:
         return [0.0] * (1 + len(ALPHAS))
     found = []
     for alpha in (None, *ALPHAS):
-        s = np.ones(len(columns), np.float32) if alpha is None else scales(*peaks, alpha)
-        quantized = [fake_quantize(rows / s, *quantizer(i, s), group.grid) for i, rows in enumerate(sample)]
+        s = np.ones(len(columns), np.float32) if alpha is None else scales(known, peaks[1], alpha)
+        quantized = [fake_quantize(rows / s, *quantizer(s), group.grid) for rows, quantizer in trials]
         smooth = columns * s[:, None]
         grid = quantize_weight(smooth, weight_scale(smooth, group.qmax, None, weights), group.qmax)
         error = np.concatenate(quantized) @ grid - wanted
         found.append(float(np.square(error, dtype=np.float64).sum()) / power)
     return found
+
+
+def _trials(
+    group: Group, peaks: Array, activations: ActivationRecipe, bins: Sequence[Sequence[int]]
+) -> tuple[Array, list[tuple[Array, Quantizer]]]:
+    """(activation peaks [K] to smooth by; rows to measure on, each set with the quantizer it would get).
+
+    As a rule the sampled rows of every bin, under the bin's range. A value with few different tokens is measured on
+    half of them, with peaks and range of the other half: the extremes of a few prompts are not those of the next.
+    """
+    tokens = _distinct_tokens(group.value)
+    if tokens is not None:
+        known = tokens[0::2]
+        return np.abs(known).max(axis=0), [
+            (tokens[1::2], lambda s: affine(float((known / s).min()), float((known / s).max()), group.grid))
+        ]
+
+    def quantizer(slots: Sequence[int], s: Array) -> tuple[float, int]:
+        one = activation_range(group.value, slots, activations, group.grid, s)
+        return one.scale, one.zero_point
+
+    most = max(1, SEARCH_ROWS // len(bins))
+    return peaks, [(_few_rows(group.value, slots, most), partial(quantizer, slots)) for slots in bins]
 
 
 def _distinct_tokens(value: ValueRecord) -> Array | None:

@@ -20,6 +20,7 @@ LAYERS = {
     "vdq_export.errors": 0,
     "vdq_export.recipes": 0,
     "vdq_export.schemas": 2,
+    "vdq_export.jsonfile": 1,
     "vdq_export.recipe": 1,
     "vdq_export.plan": 1,
     "vdq_export.target_spec": 1,

@@ -248,7 +248,7 @@ def test_names_and_bytes_do_not_depend_on_hash_seeds(traced: Graph, plan: QuantP
         "from vdq_export.contract import PassContext\n"
         "from vdq_export.graph import Graph\n"
         "from vdq_export.plan import QuantPlan\n"
-        "graph, plan = Graph.load(Path(sys.argv[1])), QuantPlan.read(Path(sys.argv[2]))\n"
+        "graph, plan = Graph.load(Path(sys.argv[1])), QuantPlan.from_json(Path(sys.argv[2]).read_bytes())\n"
         "p.run_passes(graph, (*p.CANONICAL, *p.SHARED, *p.PER_BIN), PassContext(plan, plan.bins[1], SPEC))\n"
         "print(graph.hash())\n"
     )

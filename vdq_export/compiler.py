@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from vdq_export import pipeline, recipe, sources, targets
+from vdq_export import pipeline, sources, targets
+from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
-from vdq_export.bundle_writer import BundleWriter
+from vdq_export.bundle_writer import BundleWriter, signature_of
 from vdq_export.calib.bins import Tsw, check_count
 from vdq_export.calib.observe import observe
 from vdq_export.calib.record import CalibrationRecord
@@ -19,7 +18,7 @@ from vdq_export.calib.solve import solve
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import CalibrationError, PassError
 from vdq_export.graph import Graph
-from vdq_export.manifest import Manifest, ModelIdentity, Signature, TensorInfo
+from vdq_export.manifest import Manifest, ModelIdentity
 from vdq_export.model import Model
 from vdq_export.passes.smoothing import settle
 from vdq_export.plan import QuantPlan
@@ -83,7 +82,7 @@ def make_plan(
     """Everything that looks at data. calibration: reuse a saved record instead of running the model; traced: its graph,
     if there is one already (it is edited)."""
     reporter = reporter or Reporter()
-    spec, chosen, count = targets.load(target).spec(isa), _load_recipe(recipe), _bin_count(tsw)  # cheap refusals first
+    spec, chosen, count = targets.load(target).spec(isa), recipes.load(recipe), _bin_count(tsw)  # cheap refusals first
     if calibration is not None and not calibration.is_file():
         raise CalibrationError(f"no calibration record at {calibration}", hint="--save-calibration writes one")
     model = sources.resolve(model)
@@ -109,18 +108,23 @@ def finish(
 ) -> Bundle:
     """From plan to bundle: quantize every bin's graph into `writer` and commit it. Raises PassError with `strict`."""
     reporter = reporter or Reporter()
-    reports = quantize(planned, writer, dump=dump, reporter=reporter)
+    reports, paths = quantize(planned, writer, dump=dump, reporter=reporter)
     _tell(planned.reports + reports, strict, reporter)
-    plan, sampler = planned.plan, _sampler_settings(planned.model)
-    schedule = Schedule.from_bins(plan.bins, _graph_paths(plan), sampler=sampler)
-    return writer.commit(_manifest(planned), schedule, plan)
+    schedule = Schedule.from_bins(planned.plan.bins, paths, sampler=_sampler_settings(planned.model))
+    return writer.commit(_manifest(planned), schedule, planned.plan)
 
 
-def quantize(planned: Planned, writer: BundleWriter, *, dump: Dump | None, reporter: Reporter) -> list[PassReport]:
-    """Carry the plan out: bin-independent passes once, then one graph a bin into the bundle."""
+def quantize(
+    planned: Planned, writer: BundleWriter, *, dump: Dump | None, reporter: Reporter
+) -> tuple[list[PassReport], list[str]]:
+    """Carry the plan out: bin-independent passes once, then one graph a bin into the bundle.
+
+    Returns what the passes did (of the bins, which are alike, the first) and the bundle path of each bin's graph.
+    """
     own = tuple(targets.load(planned.spec.name).PASSES)
     shared = planned.graph.copy()
     reports = pipeline.run_passes(shared, pipeline.SHARED, PassContext(planned.plan, None, planned.spec), dump=dump)
+    paths = []
     with reporter.stage("quantize") as advance:
         for one in planned.plan.bins:
             graph = shared.copy()
@@ -128,13 +132,9 @@ def quantize(planned: Planned, writer: BundleWriter, *, dump: Dump | None, repor
             made = pipeline.run_passes(graph, (*pipeline.PER_BIN, *own), context, dump=dump if one.index == 0 else None)
             if one.index == 0:
                 reports += made
-            writer.add_graph(f"body.{one.name}", *graph.skeleton())
+            paths.append(writer.add_graph(f"body.{one.name}", *graph.skeleton()))
             advance(one.index + 1, len(planned.plan.bins))
-    return reports
-
-
-def _load_recipe(name: str) -> recipe.Recipe:
-    return recipe.load(name)
+    return reports, paths
 
 
 def _bin_count(tsw: int | str) -> Tsw:
@@ -165,10 +165,6 @@ def _tell(reports: list[PassReport], strict: bool, reporter: Reporter) -> None:
         raise PassError(f"--strict: {len(skipped)} edits skipped, first by {name} at {first.where}: {first.why}")
 
 
-def _graph_paths(plan: QuantPlan) -> list[str]:
-    return [f"graphs/body.{one.name}.onnx" for one in plan.bins]
-
-
 def _sampler_settings(model: Model) -> dict[str, Any]:
     return {} if model.sampler is None else dict(model.sampler.settings())
 
@@ -179,16 +175,8 @@ def _manifest(planned: Planned) -> Manifest:
         model=ModelIdentity(name=model.name, weight_hash=graph.source, config=model.metadata.get("config", {})),
         target=planned.spec.name,
         isa=planned.spec.isa,
-        signature=Signature(
-            inputs=tuple(_info(v) for v in graph.gs.inputs),
-            outputs=tuple(_info(v) for v in graph.gs.outputs),
-            timestep=model.timestep_input,
-        ),
+        signature=signature_of(graph.skeleton()[0], model.timestep_input),
         recipe=planned.plan.recipe,
         session=targets.load(planned.spec.name).session_options(planned.spec),
         providers=planned.spec.providers,
     )
-
-
-def _info(value: Any) -> TensorInfo:
-    return TensorInfo(name=value.name, dtype=np.dtype(value.dtype).name, shape=tuple(value.shape))

@@ -16,7 +16,7 @@ the two graphs by content first.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -322,9 +322,6 @@ class _Matcher:
                 colours.append(self.intern((before[index], above, below)))
             rings[radius] = list(colours)
         return rings
-
-
-Grade = Callable[[Op, list[Source]], Label]
 
 
 def _strict(op: Op, sources: list[Source]) -> Label:

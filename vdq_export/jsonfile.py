@@ -1,12 +1,14 @@
-"""How every JSON file of a bundle is written: indented, the same bytes for the same data, no NaN."""
+"""How every JSON file of a bundle is written and read: indented, one form for the same data, no NaN, strict types."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
-from vdq_export.errors import BundleError
+from vdq_export.errors import BundleError, VdqError
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 def encode(data: msgspec.Struct, origin: str) -> bytes:
@@ -20,6 +22,14 @@ def encode(data: msgspec.Struct, origin: str) -> bytes:
     except (TypeError, msgspec.ValidationError, msgspec.EncodeError) as error:
         raise BundleError(f"{origin} cannot be written: {error}") from error
     return msgspec.json.format(text, indent=1) + b"\n"
+
+
+def decode(data: bytes, kind: type[T], origin: str, error: type[VdqError]) -> T:
+    """`data` as a `kind`; raises `error`, naming `origin`, for what is no JSON or does not fit the type."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.ValidationError, msgspec.DecodeError, RecursionError) as cause:
+        raise error(f"{origin}: {cause}") from cause
 
 
 def _number(value: Any) -> Any:

@@ -12,7 +12,7 @@ K1, K2 = 0.01, 0.03
 def psnr_db(a: ArrayLike, b: ArrayLike, peak: float = 1.0) -> float:
     """Peak signal-to-noise ratio 10·log10(peak² / mean((a−b)²)) over all values. ValueError for unlike shapes."""
     x, y = _pair(a, b)
-    return _decibels(peak**2, float(np.mean((x - y) ** 2)))
+    return decibels(peak**2, float(np.mean((x - y) ** 2)))
 
 
 def sqnr_db(reference: ArrayLike, other: ArrayLike) -> float:
@@ -21,7 +21,7 @@ def sqnr_db(reference: ArrayLike, other: ArrayLike) -> float:
     Equal tensors, all zeros too, give infinity. Raises ValueError for unlike shapes.
     """
     x, y = _pair(reference, other)
-    return _decibels(float(np.sum(x**2)), float(np.sum((x - y) ** 2)))
+    return decibels(float(np.sum(x**2)), float(np.sum((x - y) ** 2)))
 
 
 def ssim(a: ArrayLike, b: ArrayLike, peak: float = 1.0) -> float:
@@ -64,7 +64,8 @@ def _pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.f
     return x, y
 
 
-def _decibels(signal: float, noise: float) -> float:
+def decibels(signal: float, noise: float) -> float:
+    """10·log10(signal / noise) of two powers: +inf without noise, -inf without signal."""
     if noise == 0:
         return float("inf")
     return 10 * float(np.log10(signal / noise)) if signal > 0 else float("-inf")

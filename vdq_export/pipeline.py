@@ -19,7 +19,7 @@ CANONICAL = (
     "rms_norm",  # Div form: 16-bit Reciprocal is wrong on at least one SoC, and ORT fuses this form
     "rotary",  # last: looks through the norm to the linear whose channels it reorders
 )
-FLOAT = (
+FLOAT = (  # what the plan changes without rounding; verify compares layers behind it
     "smoothing",  # before quantization: scales and ranges in the plan are those after smoothing
 )
 SHARED = (

@@ -7,13 +7,13 @@ A uniform quantizer is q = clip(round(x / scale) + zero_point, qmin, qmax), x̂ 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from vdq_export.errors import PlanError
+from vdq_export.jsonfile import decode, encode
 from vdq_export.recipe import Recipe
 
 Branch = Literal["cond", "uncond", "any"]
@@ -113,23 +113,13 @@ class QuantPlan(_Data, frozen=True):
             _check_layer(layer, len(self.bins))
 
     def to_json(self) -> bytes:
-        """Canonical JSON, indented, ends in a newline."""
-        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+        """Raises BundleError for a number that JSON does not have."""
+        return encode(self, "plan.json")
 
     @staticmethod
     def from_json(data: bytes, origin: str = "plan") -> QuantPlan:
         """Raises PlanError when `data` is not a plan of this format."""
-        try:
-            return msgspec.json.decode(data, type=QuantPlan)
-        except (msgspec.ValidationError, msgspec.DecodeError) as error:
-            raise PlanError(f"{origin}: {error}") from error
-
-    @staticmethod
-    def read(path: Path) -> QuantPlan:
-        try:
-            return QuantPlan.from_json(path.read_bytes(), str(path))
-        except OSError as error:
-            raise PlanError(f"{path}: {error.strerror or error}") from error
+        return decode(data, QuantPlan, origin, PlanError)
 
 
 def _check_layer(layer: LayerPlan, bins: int) -> None:

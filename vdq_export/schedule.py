@@ -9,13 +9,12 @@ import math
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 
 from vdq_export.errors import ScheduleError
-from vdq_export.jsonfile import encode
+from vdq_export.jsonfile import decode, encode
 from vdq_export.plan import Bin, Branch
 
 Uncalibrated = Literal["nearest", "refuse"]
@@ -164,14 +163,4 @@ class Schedule(_Data, frozen=True, dict=True):
     @staticmethod
     def from_json(data: bytes, origin: str = "schedule.json") -> Schedule:
         """Raises ScheduleError when `data` is not a schedule of this format."""
-        try:
-            return msgspec.json.decode(data, type=Schedule)
-        except (msgspec.ValidationError, msgspec.DecodeError, RecursionError) as error:
-            raise ScheduleError(f"{origin}: {error}") from error
-
-    @staticmethod
-    def read(path: Path) -> Schedule:
-        try:
-            return Schedule.from_json(path.read_bytes(), str(path))
-        except OSError as error:
-            raise ScheduleError(f"{path}: {error.strerror or error}") from error
+        return decode(data, Schedule, origin, ScheduleError)

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from vdq_export.samples.digits.data import TOKENS, all_conditions, embed, load_glyphs, random_clip
+from vdq_export.samples.digits.data import all_conditions, embed, load_glyphs, random_clip
 from vdq_export.samples.digits.network import build
 
 HERE = Path(__file__).resolve().parent
@@ -54,7 +54,6 @@ class Batches:
         prompts[torch.from_numpy(rng.random(self.size) < DROP_PROMPT)] = self.no_prompt
         sigmas = 1 / (1 + np.exp(-rng.normal(0.2, 1.1, self.size)))
         noise = rng.standard_normal((self.size, *clips[0].shape)).astype(np.float32)
-        assert prompts.shape[1] == TOKENS
         return (
             torch.from_numpy(np.stack(clips)),
             prompts,

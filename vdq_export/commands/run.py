@@ -6,13 +6,11 @@ from pathlib import Path
 
 import click
 import msgspec
-import numpy as np
 
 from vdq_export import sources
 from vdq_export.bundle import Bundle
 from vdq_export.commands.options import machine_readable, reporter, verbosity
 from vdq_export.errors import ModelError
-from vdq_export.metrics import psnr_db
 from vdq_export.render import side_by_side
 from vdq_export.verify import make_clips
 
@@ -37,8 +35,7 @@ def run_command(
     made = make_clips(opened, source, clips, reporter(verbose, quiet))
     labels = [source.sampler.describe(case) for case in range(clips)]
     paths = side_by_side(made.reference, made.quantized, labels, out)
-    each = [psnr_db(a, b) for a, b in zip(made.reference, made.quantized, strict=True)]
-    mean = float(np.mean([min(p, 200.0) for p in each]))
+    mean = made.mean_psnr_db()
     if as_json:
         click.echo(msgspec.json.encode({"files": [str(p) for p in paths], "psnr_db": mean}).decode())
     else:

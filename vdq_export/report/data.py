@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from vdq_export.errors import BundleError
-from vdq_export.jsonfile import encode
+from vdq_export.jsonfile import decode, encode
 
 
 class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -56,7 +56,4 @@ class VerifyReport(_Data, frozen=True):
     @staticmethod
     def from_json(data: bytes, origin: str = "report.json") -> VerifyReport:
         """Raises BundleError when `data` is not a report of this format."""
-        try:
-            return msgspec.json.decode(data, type=VerifyReport)
-        except (msgspec.ValidationError, msgspec.DecodeError, RecursionError) as error:
-            raise BundleError(f"{origin}: {error}") from error
+        return decode(data, VerifyReport, origin, BundleError)
