@@ -7,19 +7,25 @@ do not concern.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from vdq_export.graph import Array
 from vdq_export.plan import Bin, QuantPlan
 from vdq_export.target_spec import TargetSpec
 
 
 @dataclass(frozen=True)
 class PassContext:
-    """Inputs of a pass beside the graph. Float passes need none of them; bin-dependent passes need all."""
+    """Inputs of a pass beside the graph. Float passes need none of them; bin-dependent passes need all.
+
+    tensors: the plan's arrays, by plan.tensor_name().
+    """
 
     plan: QuantPlan | None = None
     bin: Bin | None = None
     spec: TargetSpec | None = None
+    tensors: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

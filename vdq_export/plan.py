@@ -17,6 +17,8 @@ from vdq_export.jsonfile import decode, encode
 from vdq_export.recipe import Recipe
 
 Branch = Literal["cond", "uncond", "any"]
+Precision = Literal["", "low", "high"]
+Grid = Literal["int", "e2m1"]
 IntType = Literal["int4", "uint4", "int8", "uint8", "int16", "uint16"]
 INT_RANGE: dict[str, tuple[int, int]] = {
     "int4": (-8, 7), "uint4": (0, 15),
@@ -61,16 +63,58 @@ class Smoothing(_Data, frozen=True):
     why: str
 
 
-class WeightPlan(_Data, frozen=True):
-    """Symmetric grid per output channel: scale[N]; `qmax` below the type's own for kernels that would saturate.
+class Rotation(_Data, frozen=True):
+    """x·H / scale after smoothing, scale·Hᵀ into the weight; H block-diagonal, orthonormal Hadamard blocks of `block`.
 
-    The values are those of the weight *after* smoothing: q[k,n] = clip(round(s[k]·W[k,n] / scale[n]), -qmax, qmax).
+    `scale` (K numbers, or none) is a channel scale taken after the rotation. Layers that read one value share it.
+    """
+
+    block: Annotated[int, Meta(gt=0)]
+    why: str
+    scale: tuple[float, ...] = ()
+
+
+class LowRank(_Data, frozen=True):
+    """A branch kept in float beside the quantized residual: y += (x · down[K, r]) · up[r, N].
+
+    down and up are in the plan's tensors. error: ‖W − down·up‖ / ‖W‖ (Frobenius) of the smoothed, rotated weight.
+    """
+
+    rank: Annotated[int, Meta(gt=0)]
+    error: float
+    why: str
+
+
+class WeightPlan(_Data, frozen=True):
+    """Symmetric grid per output channel, or per `group` input channels of one (0: all of them).
+
+    scale: [N], or none where the plan's tensors hold them as [K / group, N]. q = clip(round(W / scale), -qmax, qmax) of
+    the smoothed, rotated weight less its low-rank branch; `qmax` is below the type's own for kernels that would
+    saturate. grid "e2m1" (MXFP4): q is twice a number of {0, ½, 1, 1½, 2, 3, 4, 6}, scale half a power of two.
+    codes: q is not nearest rounding and stands in the plan's tensors.
     """
 
     dtype: IntType
     qmax: Annotated[int, Meta(gt=0)]
-    scale: tuple[float, ...]
     why: str
+    scale: tuple[float, ...] = ()
+    bits: int = 8
+    group: Annotated[int, Meta(ge=0)] = 0
+    grid: Grid = "int"
+    codes: bool = False
+
+
+class Dynamic(_Data, frozen=True):
+    """Activation parameters computed at run time, for targets that can: per `token` row, per `channel` over the tokens
+    of a sample, or `mx`: per token and block of 32 channels, a power of two (E8M0).
+
+    ratio: share of the observed extremes that is covered. offset: added to the exponent (mx).
+    """
+
+    kind: Literal["token", "channel", "mx"]
+    why: str
+    ratio: float = 1.0
+    offset: int = 0
 
 
 class LayerPlan(_Data, frozen=True):
@@ -82,10 +126,16 @@ class LayerPlan(_Data, frozen=True):
     shape: tuple[int, int]  # K, N
     keep_float: str = ""
     smoothing: Smoothing | None = None
+    rotation: Rotation | None = None
+    low_rank: LowRank | None = None
     weight: WeightPlan | None = None
     activation_dtype: IntType = "uint8"
-    activation: tuple[Range, ...] = ()  # one per bin
+    activation_bits: int = 8  # below the type's own: levels qmin … qmin + 2^bits − 1 of it
+    activation: tuple[Range, ...] = ()  # one per bin …
+    dynamic: tuple[Dynamic, ...] = ()  # … or, computed at run time, this one per bin
     smoothing_why: str = ""  # of a quantized layer: why smoothed so, or why not
+    rotation_why: str = ""
+    bits_why: str = ""  # why other bits than the recipe's
 
     @property
     def quantized(self) -> bool:
@@ -93,7 +143,13 @@ class LayerPlan(_Data, frozen=True):
 
 
 class QuantPlan(_Data, frozen=True):
-    """Everything a set of passes carries out. `graph_hash` ties it to the float graph it was made for."""
+    """Everything a set of passes carries out. `graph_hash` ties it to the float graph it was made for.
+
+    A plan is one set of weights. A model with two experts has one each, and so has each precision that a schedule
+    switches between, and each bin when bins have weights of their own; bins are numbered over all of them.
+    Arrays too large for JSON (GPTQ's integers, group scales, low-rank factors) are its *tensors*, named by
+    tensor_name() and carried beside it.
+    """
 
     model: str
     graph_hash: str
@@ -102,6 +158,8 @@ class QuantPlan(_Data, frozen=True):
     bins: tuple[Bin, ...]
     layers: tuple[LayerPlan, ...]
     bins_why: str
+    expert: str = ""
+    precision: Precision = ""
     format: Literal[1] = 1
 
     def __post_init__(self) -> None:
@@ -111,6 +169,18 @@ class QuantPlan(_Data, frozen=True):
             raise PlanError(f"plan names a layer twice: {', '.join(doubled)}")
         for layer in self.layers:
             _check_layer(layer, len(self.bins))
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other plans of its bundle: "", "high" (expert), "high.low" (expert.precision) …"""
+        return ".".join(part for part in (self.expert, self.precision) if part)
+
+    def place(self, one: Bin) -> int:
+        """Where `one` stands among this plan's bins: the index of its ranges. Raises PlanError for a foreign bin."""
+        for place, mine in enumerate(self.bins):
+            if mine.index == one.index:
+                return place
+        raise PlanError(f"{one.name} is no bin of this plan ({', '.join(b.name for b in self.bins)})")
 
     def to_json(self) -> bytes:
         """Raises BundleError for a number that JSON does not have."""
@@ -122,22 +192,38 @@ class QuantPlan(_Data, frozen=True):
         return decode(data, QuantPlan, origin, PlanError)
 
 
+def tensor_name(layer: str, what: Literal["codes", "scale", "down", "up"]) -> str:
+    """Name of one of the plan's tensors: codes int8 [K, N], scale float32 [K / group, N], down [K, r], up [r, N]."""
+    return f"{layer}#{what}"
+
+
 def _check_layer(layer: LayerPlan, bins: int) -> None:
     if layer.keep_float:
-        if layer.weight or layer.activation or layer.smoothing:
+        if layer.weight or layer.activation or layer.dynamic or layer.smoothing or layer.rotation or layer.low_rank:
             raise PlanError(f"layer {layer.name}: kept in float and quantized at once")
         return
-    if layer.weight is None or len(layer.activation) != bins:
+    if layer.weight is None or len(layer.activation) + len(layer.dynamic) != bins:
         raise PlanError(f"layer {layer.name}: needs a weight plan and {bins} activation ranges, one a bin")
-    if len(layer.weight.scale) != layer.shape[1]:
-        raise PlanError(f"layer {layer.name}: {len(layer.weight.scale)} weight scales for {layer.shape[1]} channels")
-    if layer.smoothing and len(layer.smoothing.scale) != layer.shape[0]:
-        raise PlanError(
-            f"layer {layer.name}: {len(layer.smoothing.scale)} smoothing scales for {layer.shape[0]} channels"
-        )
+    if layer.activation and layer.dynamic:
+        raise PlanError(f"layer {layer.name}: static and dynamic ranges at once")
+    k, n = layer.shape
+    _check_count(layer.name, "weight scales", layer.weight.scale, 0 if layer.weight.group else n)
+    _check_count(layer.name, "smoothing scales", layer.smoothing.scale if layer.smoothing else (), k)
+    _check_count(layer.name, "rotation scales", layer.rotation.scale if layer.rotation else (), k)
+    if layer.weight.group and k % layer.weight.group:
+        raise PlanError(f"layer {layer.name}: {k} channels in groups of {layer.weight.group}")
+    if layer.rotation and k % layer.rotation.block:
+        raise PlanError(f"layer {layer.name}: {k} channels in rotation blocks of {layer.rotation.block}")
     low, high = INT_RANGE[layer.activation_dtype]
+    high = min(high, low + 2**layer.activation_bits - 1)
     for index, one in enumerate(layer.activation):
         if not low <= one.zero_point <= high:
             raise PlanError(
-                f"layer {layer.name}, bin {index}: zero_point {one.zero_point} outside {layer.activation_dtype}"
+                f"layer {layer.name}, bin {index}: zero_point {one.zero_point} outside {layer.activation_bits} bits of "
+                f"{layer.activation_dtype}"
             )
+
+
+def _check_count(layer: str, what: str, numbers: tuple[float, ...], wanted: int) -> None:
+    if len(numbers) != wanted and (numbers or what == "weight scales"):
+        raise PlanError(f"layer {layer}: {len(numbers)} {what} for {wanted} channels")

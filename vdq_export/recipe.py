@@ -22,32 +22,117 @@ class _Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     pass
 
 
-class WeightRecipe(_Settings, frozen=True):
-    """Weights: symmetric, one scale per output channel. `mse` narrows each range to the least squared error."""
+Bits = Literal[4, 6, 8, 16]
 
-    bits: Literal[4, 6, 8, 16] = 8
-    range: Literal["minmax", "mse"] = "minmax"
+
+class GptqRecipe(_Settings, frozen=True):
+    """GPTQ: `damping` is a share of the Hessian's mean diagonal, raised when Cholesky fails; `block` columns at a time;
+    act_order: channels with the largest Hessian diagonal first."""
+
+    damping: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.01
+    block: Annotated[int, Meta(gt=0)] = 128
+    act_order: bool = False
+
+
+class WeightRecipe(_Settings, frozen=True):
+    """Weights: symmetric, one scale per output channel, or per `group` input channels of one.
+
+    range: `mse` narrows each range to the least squared error, `pbq` narrows both bounds by progressive search.
+    rounding: `nearest`, or `gptq` with the Hessian of the quantized input. grid: `mxfp4` is E2M1 with E8M0 scales over
+    blocks of 32.
+    """
+
+    bits: Bits = 8
+    grid: Literal["int", "mxfp4"] = "int"
+    group: Literal[0, 32, 64, 128] = 0
+    range: Literal["minmax", "mse", "pbq"] = "minmax"
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    gptq: GptqRecipe = GptqRecipe()
 
 
 class ActivationRecipe(_Settings, frozen=True):
-    """Activations: asymmetric, one scale and zero_point per tensor and bin. `percentile` is two-sided, in percent."""
+    """Activations: asymmetric, one scale and zero_point per tensor and bin. `percentile` is two-sided, in percent.
 
-    bits: Literal[4, 6, 8, 16] = 8
+    clip: shares of the range tried per value and bin on the output error of the layers that read it; () tries none.
+    granularity: `token` and `channel` are computed at run time, only for targets whose table says so; so is `mxfp4`.
+    """
+
+    bits: Bits = 8
+    grid: Literal["int", "mxfp4"] = "int"
+    granularity: Literal["tensor", "token", "channel"] = "tensor"
     range: Literal["minmax", "percentile", "mse"] = "minmax"
     percentile: Annotated[float, Meta(gt=50.0, le=100.0)] = 99.99
+    clip: tuple[Annotated[float, Meta(gt=0.0, le=1.0)], ...] = ()
     per_branch: bool = False  # True: conditional and unconditional calls get bins of their own
 
 
 class SmoothingRecipe(_Settings, frozen=True):
-    """Channel smoothing X/s · sW. `asq`: one s for all timesteps from a running mean (arXiv text in docs/methods.md).
+    """Channel smoothing X/s · sW. `asq`: one s for all timesteps from a running mean; `absmax`: from the largest
+    magnitude seen; `tsq`: one s a bin, each bin with its own weights, or with `shared` one vector and a scalar a bin.
 
     `alpha` is the migration strength; "search" tries 0.1 … 1.0 by 0.1 per layer or, with `scope = "global"`, once.
     """
 
-    kind: Literal["none", "asq"] = "none"
+    kind: Literal["none", "asq", "absmax", "tsq"] = "none"
     alpha: Alpha | Literal["search"] = 0.5
     scope: Literal["layer", "global"] = "layer"
     momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.95
+    shared: bool = False
+
+
+class RotationRecipe(_Settings, frozen=True):
+    """Hadamard rotation of what matching layers read. block: its size, 0 the largest that fits the width.
+
+    scale: `channel` divides by a fixed per-channel scale after the rotation (ARQ with static scales).
+    """
+
+    kind: Literal["none", "hadamard"] = "none"
+    block: Annotated[int, Meta(ge=0)] = 0
+    match: tuple[str, ...] = ("*",)
+    scale: Literal["none", "channel"] = "none"
+
+
+class LowRankRecipe(_Settings, frozen=True):
+    """A float branch of `rank` beside each quantized weight (0: none), from the SVD of the smoothed, rotated weight.
+
+    budget: instead of one rank for all, ranks by error, together at most this share of the float weights' size.
+    """
+
+    rank: Annotated[int, Meta(ge=0)] = 0
+    budget: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    match: tuple[str, ...] = ("*",)
+
+
+class Override(_Settings, frozen=True):
+    """Other bits for the layers that `match` (a shell pattern over module paths); 0 leaves the recipe's."""
+
+    match: str
+    why: str
+    weights: Literal[0, 4, 6, 8, 16] = 0
+    activations: Literal[0, 4, 6, 8, 16] = 0
+
+
+class AllocateRecipe(_Settings, frozen=True):
+    """Bits per layer, solved under a budget: `size` mean bits a weight, or `bops` mean weight bits × activation bits.
+
+    high_blocks: at most so many transformer blocks above the lowest bits; -1 for any number.
+    """
+
+    size: Annotated[float, Meta(ge=0.0)] = 0.0
+    bops: Annotated[float, Meta(ge=0.0)] = 0.0
+    weights: tuple[Bits, ...] = (4, 6, 8)
+    activations: tuple[Bits, ...] = ()  # (): the recipe's own
+    high_blocks: int = -1
+
+
+class ScheduleRecipe(_Settings, frozen=True):
+    """What the host does from step to step (docs/schedule.md). delta: accumulated relative change of the output at which a
+    step runs in `high` activation bits. cache: accumulated change of the network's modulated input at which a step is
+    computed again instead of reusing the last one's output; 0 never reuses."""
+
+    delta: Annotated[float, Meta(ge=0.0)] | None = None
+    high: Bits = 8
+    cache: Annotated[float, Meta(ge=0.0)] = 0.0
 
 
 class Keep(_Settings, frozen=True):
@@ -77,8 +162,20 @@ class Recipe(_Settings, frozen=True):
     weights: WeightRecipe = WeightRecipe()
     activations: ActivationRecipe = ActivationRecipe()
     smoothing: SmoothingRecipe = SmoothingRecipe()
+    rotation: RotationRecipe = RotationRecipe()
+    low_rank: LowRankRecipe = LowRankRecipe()
+    allocate: AllocateRecipe = AllocateRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
     keep_float: tuple[Keep, ...] = ()
+    override: tuple[Override, ...] = ()
+    expert: dict[str, dict[str, Any]] = {}  # expert's name -> what it has otherwise than the rest of the recipe
     verify: VerifyRecipe = VerifyRecipe()
+
+
+    def of_expert(self, name: str) -> Recipe:
+        """The recipe one expert gets. Raises RecipeError when its table holds an unknown key."""
+        settings = msgspec.to_builtins(msgspec.structs.replace(self, expert={}))
+        return _convert(_merge(settings, self.expert.get(name, {})), f"{self.name}, expert {name or '(only one)'}")
 
 
 def names() -> list[str]:

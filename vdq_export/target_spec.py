@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from vdq_export.plan import IntType
+from vdq_export.plan import Grid, IntType
 
 
 class Capability(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,7 +23,9 @@ class TargetSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A target and, where it matters, the instruction set it is compiled for.
 
     activation_dtype, weight_dtype: bits -> ONNX integer type. weight_qmax: largest |q| of a weight (63 where the
-    kernel's 16-bit pair sum would saturate). min_rows: linears over fewer rows stay float. hand_off: standard ops only.
+    kernel's 16-bit pair sum would saturate). integer: (activation, weight) types that one kernel multiplies; the
+    others run dequantized. groups: weight group sizes. grids: number grids beside integers. dynamic: may compute
+    statistics at run time. min_rows: linears over fewer rows stay float. hand_off: standard ops only.
     """
 
     name: str
@@ -33,6 +35,9 @@ class TargetSpec(msgspec.Struct, frozen=True, kw_only=True):
     activation_dtype: dict[int, IntType]
     weight_dtype: dict[int, IntType]
     weight_qmax: dict[int, int]
+    integer: tuple[tuple[IntType, IntType], ...] = ()
+    groups: tuple[int, ...] = ()
+    grids: tuple[Grid, ...] = ("int",)
     min_rows: int = 2
     dynamic: bool = False
     hand_off: bool = False
