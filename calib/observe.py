@@ -22,7 +22,8 @@ from vdq_export.graph import Array, Graph, is_constant
 from vdq_export.model import Model, Step
 
 Progress = Callable[[int, int | None], None]  # calls done, calls in all where that is known
-ROWS = 32  # sampled token rows a value and slot
+ROWS = 64  # sampled token rows a value and slot
+TOP = 4  # rows of largest norm kept beside them
 LIMIT = 512 * 2**20  # bytes of observed values a session returns
 MAX_SLOTS = 4096
 
@@ -179,13 +180,15 @@ def _check_outputs(found: Mapping[str, Array], final: Sequence[str], slot: Slot)
 
 @dataclass
 class _Statistics:
-    """Running statistics of one value in one slot; `keys` are the random numbers that chose `rows`."""
+    """Running statistics of one value in one slot; `keys` chose `rows`, `norms` (squared) chose `top`."""
 
     lo: Array
     hi: Array
     peak: Array
     rows: Array
     keys: Array
+    top: Array
+    norms: Array
     count: int = 0
     calls: int = 0
 
@@ -203,13 +206,14 @@ def _update(seen: dict[Slot, _Statistics], one: Observed, slot: Slot, value: Arr
                 f"more than {MAX_SLOTS} distinct timesteps", hint="calibrate on the sampler's own timesteps"
             )
         empty = np.empty((0, channels), np.float32)
-        seen[slot] = _Statistics(low, high, np.zeros(channels), empty, np.empty(0))
+        seen[slot] = _Statistics(low, high, np.zeros(channels), empty, np.empty(0), empty, np.empty(0))
     kept = seen[slot]
     kept.lo, kept.hi = np.minimum(kept.lo, low), np.maximum(kept.hi, high)
     if one.kind == "linear":
         batch = value.reshape(value.shape[0] if value.ndim > 2 else 1, -1, channels)
         kept.peak = kept.peak + np.maximum(batch.max(axis=1), -batch.min(axis=1)).mean(axis=0)
         _sample(kept, flat, _seed(one.name, slot, kept.calls), rows)
+        _keep_largest(kept, flat)
     kept.count += len(flat)
     kept.calls += 1
 
@@ -217,10 +221,21 @@ def _update(seen: dict[Slot, _Statistics], one: Observed, slot: Slot, value: Arr
 def _sample(kept: _Statistics, flat: Array, seed: int, rows: int) -> None:
     """Each row seen gets a random key; the rows with the smallest keys stay: a uniform sample without replacement."""
     keys = np.random.default_rng(seed).random(len(flat))
-    best = np.argpartition(keys, rows)[:rows] if len(keys) > rows else np.arange(len(keys))
-    keys, candidates = np.concatenate([kept.keys, keys[best]]), np.concatenate([kept.rows, flat[best]])
-    order = np.argsort(keys, kind="stable")[:rows]
-    kept.keys, kept.rows = keys[order], candidates[order]
+    kept.keys, kept.rows = _least(kept.keys, kept.rows, keys, flat, rows)
+
+
+def _keep_largest(kept: _Statistics, flat: Array) -> None:
+    norms = np.einsum("tc,tc->t", flat, flat, dtype=np.float64)
+    negative, kept.top = _least(-kept.norms, kept.top, -norms, flat, TOP)
+    kept.norms = -negative
+
+
+def _least(keys: Array, rows: Array, new_keys: Array, new_rows: Array, most: int) -> tuple[Array, Array]:
+    """The `most` smallest of both key lists, ascending, and their rows."""
+    best = np.argpartition(new_keys, most)[:most] if len(new_keys) > most else np.arange(len(new_keys))
+    joint, candidates = np.concatenate([keys, new_keys[best]]), np.concatenate([rows, new_rows[best]])
+    order = np.argsort(joint, kind="stable")[:most]
+    return joint[order], candidates[order]
 
 
 def _seed(name: str, slot: Slot, call: int) -> int:
@@ -233,6 +248,11 @@ def _finish(one: Observed, slots: Sequence[_Statistics]) -> ValueRecord:
     if one.kind == "attention":
         return ValueRecord(one.name, one.kind, one.readers, lo, hi, count)
     peak = np.stack([s.peak / s.calls for s in slots]).astype(np.float32)
-    most = max(len(s.rows) for s in slots)
-    rows = np.stack([s.rows[np.arange(most) % len(s.rows)] for s in slots])  # repeats where a slot saw fewer
-    return ValueRecord(one.name, one.kind, one.readers, lo, hi, count, peak, rows)
+    rows, top = _equally_many([s.rows for s in slots]), _equally_many([s.top for s in slots])
+    return ValueRecord(one.name, one.kind, one.readers, lo, hi, count, peak, rows, top)
+
+
+def _equally_many(slots: Sequence[Array]) -> Array:
+    """[S, most, C]: a slot that saw fewer rows repeats its own."""
+    most = max(len(rows) for rows in slots)
+    return np.stack([rows[np.arange(most) % len(rows)] for rows in slots])

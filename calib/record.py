@@ -1,7 +1,7 @@
 """What calibration saw, per observed value and timestep: enough to choose any bins, ranges and smoothing later.
 
 Legend: S slots (distinct timestep × guidance branch, in denoising order: highest t first), C channels (last dimension),
-n sampled token rows a slot. A record is tied to one float graph by `graph_hash`.
+n sampled token rows a slot, m top rows. A record is tied to one float graph by `graph_hash`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array
 
 METADATA = "vdq-calibration"  # one entry only: safetensors writes several in random order
-FORMAT = 1
+FORMAT = 2
 
 
 class Slot(NamedTuple):
@@ -44,8 +44,10 @@ class ValueRecord:
     """Statistics of one graph value over the whole calibration set.
 
     lo, hi: exact minimum and maximum, [S, C]. count: token rows seen, [S]. Linear inputs also have peak: mean over
-    the slot's calls and their samples of max over tokens of |x[:, c]|, [S, C]; and rows: token rows drawn without
-    replacement, [S, n, C] (a slot with fewer than n rows repeats its own). Attention operands: none of the two.
+    the slot's calls and their samples of max over tokens of |x[:, c]|, [S, C]; rows: token rows drawn without
+    replacement, [S, n, C]; and top: those of largest L2 norm, largest first, [S, m, C] (a slot with fewer rows repeats
+    its own). A rotation keeps a row's norm but not where its extremes are: then `top` says how far values reach.
+    Attention operands have none of the three.
     """
 
     name: str
@@ -56,6 +58,7 @@ class ValueRecord:
     count: Array
     peak: Array | None = None
     rows: Array | None = None
+    top: Array | None = None
 
     @property
     def channels(self) -> int:
@@ -63,7 +66,7 @@ class ValueRecord:
 
     @cached_property
     def tensors(self) -> dict[str, Array]:
-        named = {"lo": self.lo, "hi": self.hi, "count": self.count, "peak": self.peak, "rows": self.rows}
+        named = {name: getattr(self, name) for name in ("lo", "hi", "count", "peak", "rows", "top")}
         return {name: array for name, array in named.items() if array is not None}
 
     def linear(self) -> tuple[Array, Array]:
@@ -71,6 +74,18 @@ class ValueRecord:
         if self.peak is None or self.rows is None:
             raise CalibrationError(f"{self.name} was not calibrated as the input of a linear", hint="calibrate again")
         return self.peak, self.rows
+
+    def sample(self, slots: Sequence[int], top: bool = False) -> Array:
+        """The rows drawn in some slots, slot by slot, [rows, C]; with `top`, each slot's largest ones before them.
+
+        Raises CalibrationError as linear() does.
+        """
+        _, rows = self.linear()
+        picked = rows[np.asarray(slots)]
+        if top and self.top is not None:
+            picked = np.concatenate([self.top[np.asarray(slots)], picked], axis=1)
+        flat: Array = picked.reshape(-1, self.channels)
+        return flat
 
 
 @dataclass(frozen=True)
@@ -183,9 +198,10 @@ def _build(header: dict[str, Any], values: Mapping[str, ValueRecord], path: Path
 def _value(entry: dict[str, Any], arrays: Mapping[str, Array], slots: int) -> ValueRecord:
     name, linear = entry["name"], entry["kind"] == "linear"
     lo, hi, count = (arrays[f"{name}#{what}"] for what in ("lo", "hi", "count"))
-    peak, rows = (arrays[f"{name}#{what}"] if linear else None for what in ("peak", "rows"))
+    peak, rows, top = (arrays[f"{name}#{what}"] if linear else None for what in ("peak", "rows", "top"))
     if lo.ndim != 2 or lo.shape[0] != slots or hi.shape != lo.shape or count.shape != (slots,):
         raise ValueError(f"{name}: shapes do not fit {slots} slots")
-    if linear and (peak is None or rows is None or peak.shape != lo.shape or rows.shape[::2] != lo.shape):
+    shapes = [a.shape[:: a.ndim - 1] for a in (peak, rows, top) if a is not None]  # slots and channels of each
+    if any(shape != lo.shape for shape in shapes):
         raise ValueError(f"{name}: sampled rows do not fit {slots} slots")
-    return ValueRecord(name, entry["kind"], tuple(entry["readers"]), lo, hi, count, peak, rows)
+    return ValueRecord(name, entry["kind"], tuple(entry["readers"]), lo, hi, count, peak, rows, top)

@@ -8,6 +8,7 @@ s: smoothing, H: block-diagonal orthonormal Hadamard matrix, c: channel scale af
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -29,12 +30,12 @@ class Transform:
     def of(layer: LayerPlan) -> Transform:
         return Transform(layer.smoothing, layer.rotation, layer.smoothing_why, layer.rotation_why)
 
-    @property
+    @cached_property
     def scale(self) -> Array | None:
         """s [K] float32."""
         return None if self.smoothing is None else np.array(self.smoothing.scale, np.float32)
 
-    @property
+    @cached_property
     def after(self) -> Array | None:
         """c [K] float32."""
         has = self.rotation is not None and self.rotation.scale

@@ -11,8 +11,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from vdq_export.calib.record import CalibrationRecord, Slot, ValueRecord
+from vdq_export.calib.transform import Transform
 from vdq_export.graph import Array, Graph
 from vdq_export.model import Model, Step
+from vdq_export.plan import Rotation, Smoothing
 from vdq_export.target_spec import TargetSpec
 
 TOKENS, WIDTH, CONTEXT = 7, 6, 5
@@ -134,7 +136,21 @@ def value_record(rows: Array, name: str = "v", most: int = 32) -> ValueRecord:
     """From all rows [S, tokens, C]; the first `most` of each slot serve as the sample."""
     peak = np.abs(rows).max(axis=1)
     count = np.full(len(rows), rows.shape[1])
-    return ValueRecord(name, "linear", ("layer",), rows.min(axis=1), rows.max(axis=1), count, peak, rows[:, :most])
+    largest = np.argsort(-np.square(rows, dtype=np.float64).sum(axis=2), axis=1)[:, :4]
+    top = np.take_along_axis(rows, largest[:, :, None], axis=1)
+    lo, hi = rows.min(axis=1), rows.max(axis=1)
+    return ValueRecord(name, "linear", ("layer",), lo, hi, count, peak, rows[:, :most], top)
+
+
+def smoothed(scale: Array) -> Transform:
+    """Division by scale [K], nothing else."""
+    return Transform(Smoothing(alpha=0.5, scale=tuple(np.asarray(scale, np.float32).tolist()), why="test"))
+
+
+def rotated(block: int, scale: Array | None = None) -> Transform:
+    """A rotation in blocks, and the channel scale after it."""
+    after = () if scale is None else tuple(np.asarray(scale, np.float32).tolist())
+    return Transform(rotation=Rotation(block=block, scale=after, why="test"))
 
 
 def record(values: Sequence[ValueRecord], branches: Sequence[Any] = ("cond",)) -> CalibrationRecord:

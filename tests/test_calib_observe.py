@@ -56,6 +56,28 @@ def test_sample_is_bounded_and_without_repeats() -> None:
     assert all(len(np.unique(r, axis=0)) == 4 for r in rows)
 
 
+def test_rows_of_largest_norm_are_kept_whichever_call_has_them(record: CalibrationRecord) -> None:
+    seen = record.value("norm/Mul")
+    assert seen.top is not None and seen.top.shape == (12, 4, cases.WIDTH)
+    calls = set()
+    for index, x in enumerate(cases.hidden(TRAJECTORIES)[slot] for slot in record.slots):
+        norms = np.linalg.norm(x, axis=1)
+        order = np.argsort(-norms)
+        np.testing.assert_allclose(seen.top[index], x[order[:4]], rtol=1e-6, atol=1e-6)  # as above
+        calls |= {int(k) // cases.TOKENS for k in order[:4]}
+    assert calls == {0, 1, 2}, "the case is no test otherwise: an implementation that keeps one call's rows must fail"
+
+
+def test_rows_of_some_slots(record: CalibrationRecord) -> None:
+    seen = record.value("norm/Mul")
+    rows = seen.linear()[1]
+    np.testing.assert_array_equal(seen.sample([2, 5]), rows[[2, 5]].reshape(-1, cases.WIDTH))
+    assert seen.top is not None
+    both = seen.sample([2, 5], top=True)
+    assert len(both) == 2 * (4 + rows.shape[1])
+    np.testing.assert_array_equal(both[:4], seen.top[2])
+
+
 def test_graph_input_read_by_a_linear_is_observed(record: CalibrationRecord) -> None:
     first = TRAJECTORIES[0][0]["inputs"]["context"].numpy()
     assert (record.value("context").lo[0] <= first[0].min(axis=0)).all()
@@ -158,6 +180,18 @@ def test_record_of_another_graph(record: CalibrationRecord, tmp_path: Path) -> N
     other = cases.graph(cases.weights(1)).hash()
     with pytest.raises(CalibrationError, match=f"another model.*{record.graph_hash[:12]}.*{other[:12]}"):
         CalibrationRecord.load(path, other)
+
+
+@pytest.mark.parametrize(
+    ("what", "cut"), [("peak", (slice(3),)), ("rows", (slice(3),)), ("top", (slice(None), slice(None), slice(2)))]
+)
+def test_arrays_of_another_shape(record: CalibrationRecord, tmp_path: Path, what: str, cut: tuple[slice, ...]) -> None:
+    value = record.value("attn/MatMul_1")
+    spoilt = type(value)(**{**_fields(value), what: value.tensors[what][cut]})
+    path = tmp_path / "calibration.safetensors"
+    type(record)(**{**_fields(record), "values": {**record.values, value.name: spoilt}}).save(path)
+    with pytest.raises(CalibrationError, match="sampled rows do not fit 12 slots"):
+        CalibrationRecord.load(path)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
