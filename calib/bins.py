@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from msgspec.structs import replace
 
-from vdq_export.calib.ranges import Grid, thin
+from vdq_export.calib.ranges import Grid, exact, thin
 from vdq_export.calib.record import CalibrationRecord, Slot, ValueRecord
+from vdq_export.calib.transform import Transform
 from vdq_export.errors import RecipeError
 from vdq_export.graph import Array
 from vdq_export.plan import Bin, Branch
@@ -34,16 +36,16 @@ CURVE_POINTS = 12
 CURVE_VALUES = 4096  # sampled values a slot
 _LEAST = 1e-30
 
-Tsw = int | Literal["auto", "all"]
+Tsw = int | Literal["auto", "all"] | tuple[float, ...]  # a tuple: edges, as shares of the steps
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A value that will be quantized, as bins see it: its grid and, where it has one, its smoothing [C]."""
+    """A value that will be quantized, as bins see it: its grid and, where it has one, its transform."""
 
     value: ValueRecord
     grid: Grid
-    smoothing: Array | None = None
+    transform: Transform | None = None
 
 
 def choose(
@@ -77,6 +79,10 @@ def partition(
     check_count(tsw, len(steps))
     if tsw == "all":
         return list(range(len(steps))), f"one bin for each of {len(steps)} steps"
+    if isinstance(tsw, tuple):
+        return cut(
+            len(steps), tsw
+        ), f"{len(tsw) + 1} ranges cut at {', '.join(f'{c:g}' for c in tsw)} of {len(steps)} steps"
     if tsw != "auto" and not optimal:
         return even(len(steps), tsw), f"{tsw} even ranges over {len(steps)} steps"
     cost = cost_table(steps, slots, use, watched)
@@ -102,6 +108,10 @@ def check_count(tsw: Tsw, steps: int | None = None) -> None:
     if isinstance(tsw, str):
         if tsw not in ("auto", "all"):
             raise RecipeError(f"--tsw {tsw}: not a number of time ranges", hint="give a number, auto or all")
+    elif isinstance(tsw, tuple):
+        if list(tsw) != sorted(set(tsw)) or not all(0.0 < share < 1.0 for share in tsw):
+            raise RecipeError(f"tsw = {list(tsw)}: edges are ascending shares of the steps, between 0 and 1")
+        check_count(len(tsw) + 1, steps)
     elif tsw < 1:
         most = f"to {steps}" if steps else "or more"
         raise RecipeError(f"--tsw {tsw}: at least one time range is needed", hint=f"choose 1 {most}, auto or all")
@@ -116,6 +126,14 @@ def even(steps: int, count: int) -> list[int]:
     return [(steps * k) // count for k in range(count)]
 
 
+def cut(steps: int, cuts: Sequence[float]) -> list[int]:
+    """Runs that end at these shares of the steps, rounded; each has one step at least."""
+    starts = [0]
+    for share in cuts:
+        starts.append(min(max(round(share * steps), starts[-1] + 1), steps - len(cuts) + len(starts) - 1))
+    return starts
+
+
 def make_bins(steps: Sequence[float], starts: Sequence[int], branch: Branch = "any", first: int = 0) -> list[Bin]:
     """Contiguous bins; an edge lies midway between the steps it parts, the outer ends are the outermost steps."""
     ends = [*starts[1:], len(steps)]
@@ -125,6 +143,20 @@ def make_bins(steps: Sequence[float], starts: Sequence[int], branch: Branch = "a
         lo = steps[-1] if end == len(steps) else (steps[end - 1] + steps[end]) / 2
         bins.append(Bin(index=first + index, t=(lo, hi), steps=tuple(steps[start:end]), branch=branch))
     return bins
+
+
+def place(bins: Sequence[Bin], expert: str, limits: tuple[float | None, float | None], first: int) -> tuple[Bin, ...]:
+    """`bins` of one expert, numbered from `first`; its outermost ones reach to the limits where other experts begin."""
+    lo, hi = limits
+    lowest, highest = min(one.t[0] for one in bins), max(one.t[1] for one in bins)
+    placed = []
+    for number, one in enumerate(bins, first):
+        t = (
+            lo if lo is not None and one.t[0] == lowest else one.t[0],
+            hi if hi is not None and one.t[1] == highest else one.t[1],
+        )
+        placed.append(replace(one, index=number, expert=expert, t=t))
+    return tuple(placed)
 
 
 def bin_slots(one: Bin, slots: Sequence[Slot]) -> list[int]:
@@ -177,9 +209,7 @@ def optimal_partitions(cost: Array) -> list[list[int]]:
 
 def _value_cost(one: Watched, use: Array, step_of: Array, steps: int) -> Array:
     """[S, S] cost of one value; entries below the diagonal mean nothing."""
-    lo, hi = one.value.lo[use], one.value.hi[use]
-    if one.smoothing is not None:
-        lo, hi = lo / one.smoothing, hi / one.smoothing
+    lo, hi, _ = exact(one.value, use.tolist(), one.transform)
     low, high = np.zeros(steps), np.zeros(steps)  # of each step, zero included
     np.minimum.at(low, step_of, lo.min(axis=1))
     np.maximum.at(high, step_of, hi.max(axis=1))
@@ -212,7 +242,7 @@ def _error_curves(one: Watched, use: Array, step_of: Array, steps: int, points: 
     _, rows = one.value.linear()
     error, power = np.zeros((len(use), len(points))), np.zeros(len(use))
     for index, slot in enumerate(use):
-        values = thin(rows[slot] if one.smoothing is None else rows[slot] / one.smoothing, CURVE_VALUES)
+        values = thin(rows[slot] if one.transform is None else one.transform(rows[slot]), CURVE_VALUES)
         power[index] = np.square(values, dtype=np.float64).mean()
         scaled = values[None, :] / points[:, None].astype(np.float32)
         scaled -= np.rint(scaled)

@@ -1,191 +1,160 @@
-"""Recipe + target table + record → QuantPlan. Pure and deterministic; weights are read in blocks, never copied whole.
+"""The second half of a plan: ranges of activations, grids, integers and low-rank branches of weights.
 
-The order matters: smoothing changes distributions, so bins and ranges are computed on what it leaves, and weight
-scales on s · W. Layers that read one value form a group and share smoothing and ranges: one quantizer serves them.
+Weights are read from the graph that the float passes left: smoothed and rotated, producers that took a fold included.
+Deterministic; the groups of layers that read one value are independent and solved in parallel processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
-from vdq_export.calib import bins as binning
-from vdq_export.calib import smoothing
-from vdq_export.calib.ranges import Grid, activation_range, weight_scale
+import numpy as np
+from msgspec.structs import replace
+
+from vdq_export.calib import allocate, low_rank
+from vdq_export.calib.bins import bin_slots
+from vdq_export.calib.formats import LayerFormat, activation_grid, assign
+from vdq_export.calib.group import GroupTask, LayerWeights, solve_groups
+from vdq_export.calib.ranges import activation_range
 from vdq_export.calib.record import CalibrationRecord
-from vdq_export.errors import RecipeError
-from vdq_export.graph import Graph, Linear
-from vdq_export.plan import Bin, IntType, LayerPlan, QuantPlan, Range, WeightPlan
-from vdq_export.recipe import Recipe
+from vdq_export.calib.transform import Transform
+from vdq_export.graph import Array, Graph, Linear
+from vdq_export.plan import Dynamic, LayerPlan, QuantPlan, Range, tensor_name
+from vdq_export.recipe import ActivationRecipe
 from vdq_export.target_spec import TargetSpec
 
 Progress = Callable[[int, int], None]
+TOKENS = 4096  # sampled rows of one value that searches and Hessians see, over all bins
 
 
 @dataclass(frozen=True)
-class Formats:
-    """What the recipe's bits are on the target."""
+class Solved:
+    """A complete plan and its tensors."""
 
-    activation: Grid
-    weight: IntType
-    qmax: int
+    plan: QuantPlan
+    tensors: Mapping[str, Array]
 
 
 def solve(
+    draft: QuantPlan,
     graph: Graph,
     record: CalibrationRecord,
-    recipe: Recipe,
     spec: TargetSpec,
     *,
-    tsw: binning.Tsw = 1,
-    optimal_bins: bool = False,
+    workers: int = 1,
     progress: Progress | None = None,
-) -> QuantPlan:
-    """Choose every number for the canonical float `graph`.
+) -> Solved:
+    """Complete `draft` with `graph`, the float graph after its float passes. progress(done, total) counts layers.
 
-    tsw: number of timestep bins, "auto" or "all"; optimal_bins: edges by dynamic programming instead of even ranges.
-    progress(done, total) counts layers. Raises RecipeError when recipe and target (or tsw and record) contradict each
-    other, CalibrationError when the record is of another graph or lacks a value.
+    Raises RecipeError for a budget that no choice of bits meets and for bits the target lacks.
     """
-    graph_hash = graph.hash()
-    record.check(graph_hash)
-    formats = resolve_formats(recipe, spec)
-    linears = graph.linears()
-    kept = {linear.name: why for linear in linears if (why := keep_reason(linear, recipe, spec))}
-    grouped: dict[str, list[Linear]] = {}
-    for linear in linears:
-        if linear.name not in kept:
-            grouped.setdefault(linear.value.name, []).append(linear)
-    groups = [_group(record, members, formats) for members in grouped.values()]
+    recipe = draft.recipe
+    kept = {layer.name: layer.keep_float for layer in draft.layers if not layer.quantized}
+    values = {layer.name: layer.value for layer in draft.layers}
+    linears = [x for x in graph.linears() if x.name not in kept]
+    grouped = _grouped(linears, values)
+    formats = assign(grouped, recipe, spec, allocate.choose(draft, grouped, record, spec))
+    ranks = low_rank.choose_ranks(linears, recipe.low_rank)
+    groups = list(grouped.items())
 
-    smooth = choose_smoothing(record, groups, linears, kept, recipe, tsw)
-    watched = [binning.Watched(g.value, g.grid, smooth[g.value.name].scale) for g in groups]
-    settings = recipe.activations
-    bins, bins_why = binning.choose(record, watched, tsw, optimal=optimal_bins, per_branch=settings.per_branch)
-    slots = [binning.bin_slots(b, record.slots) for b in bins]
-    ranges = {
-        g.value.name: tuple(activation_range(g.value, s, settings, g.grid, smooth[g.value.name].scale) for s in slots)
-        for g in groups
-    }
+    def tasks() -> Iterator[GroupTask]:
+        for name, members in groups:
+            yield _task(draft, record, name, members, formats, ranks)
 
-    layers = []
-    for done, linear in enumerate(linears, 1):
-        if linear.name in kept:
-            layers.append(
-                LayerPlan(
-                    name=linear.name,
-                    value=linear.value.name,
-                    rows=linear.rows,
-                    shape=linear.shape,
-                    keep_float=kept[linear.name],
-                )
+    layers, tensors, done = {layer.name: layer for layer in draft.layers}, dict[str, Array](), 0
+    for (_, members), result in zip(groups, solve_groups(tasks(), workers), strict=True):
+        for linear, weights in zip(members, result.layers, strict=True):
+            layers[linear.name] = _complete(
+                layers[linear.name], formats[linear.name], weights, result.ranges, result.dynamic
             )
-        else:
-            name = linear.value.name
-            layers.append(_layer(linear, recipe, formats, smooth[name], ranges[name]))
-        if progress is not None:
-            progress(done, len(linears))
-    return _plan(record, graph_hash, recipe, spec, bins, layers, bins_why)
+            tensors |= {tensor_name(linear.name, what): array for what, array in weights.tensors.items()}
+            done += 1
+            if progress is not None:
+                progress(done, len(linears))
+    return Solved(replace(draft, layers=tuple(layers.values()), draft=False), tensors)
 
 
-def resolve_formats(recipe: Recipe, spec: TargetSpec) -> Formats:
-    """Raises RecipeError naming what the target can do when it lacks the recipe's bits."""
-    a, w = recipe.activations.bits, recipe.weights.bits
-    if a not in spec.activation_dtype:
-        raise _unsupported(recipe, spec, f"{a}-bit activations", sorted(spec.activation_dtype))
-    if w not in spec.weight_dtype or w not in spec.weight_qmax:
-        raise _unsupported(recipe, spec, f"{w}-bit weights", sorted(spec.weight_dtype.keys() & spec.weight_qmax.keys()))
-    return Formats(Grid(spec.activation_dtype[a], a), spec.weight_dtype[w], spec.weight_qmax[w])
+def at_precision(plan: QuantPlan, record: CalibrationRecord, spec: TargetSpec, bits: int, first: int) -> QuantPlan:
+    """`plan` with the same weights and `bits`-bit activations, as the high precision of a delta schedule; bins from
+    `first`."""
+    settings = replace(plan.recipe.activations, clip=())
+    grid = activation_grid(plan.recipe, spec, bits)
+    slots = [bin_slots(one, record.slots) for one in plan.bins]
+    layers = []
+    for layer in plan.layers:
+        if layer.activation and layer.activation_bits < bits:
+            value, transform = record.value(layer.value), Transform.of(layer)
+            ranges = tuple(activation_range(value, one, settings, grid, transform) for one in slots)
+            layer = replace(layer, activation_dtype=grid.dtype, activation_bits=bits, activation=ranges)
+        layers.append(layer)
+    bins = tuple(replace(one, index=first + number) for number, one in enumerate(plan.bins))
+    return replace(plan, layers=tuple(layers), bins=bins, precision="high")
 
 
-def keep_reason(linear: Linear, recipe: Recipe, spec: TargetSpec) -> str:
-    """Why a layer stays in float, or nothing. The first matching rule of the recipe is named."""
-    for rule in recipe.keep_float:
-        if fnmatchcase(linear.name, rule.match):
-            return f"{rule.why} (recipe: {rule.match})"
-    if linear.rows < spec.min_rows:
-        return f"{linear.rows} row(s) a call, {spec.name} gains from {spec.min_rows} on"
-    return ""
+def _grouped(linears: list[Linear], values: Mapping[str, str]) -> dict[str, list[Linear]]:
+    """By the value they read in the untouched graph: smoothing and rotation may have put nodes before them since."""
+    groups: dict[str, list[Linear]] = {}
+    for linear in linears:
+        groups.setdefault(values[linear.name], []).append(linear)
+    return groups
 
 
-def choose_smoothing(
+def _task(
+    draft: QuantPlan,
     record: CalibrationRecord,
-    groups: Sequence[smoothing.Group],
-    linears: Sequence[Linear],
-    kept: dict[str, str],
-    recipe: Recipe,
-    tsw: binning.Tsw,
-) -> dict[str, smoothing.Choice]:
-    """{value: choice}. A value that a layer kept in float reads too stays as it is: scaled, it would be wrong there.
-
-    A search of alpha needs ranges before bins are chosen: it takes even ones (one a step for `auto`).
-    """
-    shared = {x.value.name: x.name for x in linears if x.name in kept}
-    free = [g for g in groups if g.value.name not in shared]
-    provisional, _ = binning.choose(
-        record, (), "all" if tsw == "auto" else tsw, per_branch=recipe.activations.per_branch
-    )
-    slots = [binning.bin_slots(b, record.slots) for b in provisional]
-    choices = smoothing.choose(free, recipe.smoothing, recipe.activations, recipe.weights.range, slots)
-    found = {g.value.name: c for g, c in zip(free, choices, strict=True)}
-    for group in groups:
-        name = group.value.name
-        if name in shared:
-            found[name] = smoothing.Choice(None, f"{shared[name]}, kept in float, reads the same value")
-    return found
-
-
-def _unsupported(recipe: Recipe, spec: TargetSpec, wish: str, offered: Sequence[int]) -> RecipeError:
-    known = ", ".join(str(b) for b in offered) or "none"
-    return RecipeError(
-        f"recipe {recipe.name} asks for {wish}, which {spec.name} lacks", hint=f"bits it offers: {known}"
-    )
-
-
-def _group(record: CalibrationRecord, members: Sequence[Linear], formats: Formats) -> smoothing.Group:
-    return smoothing.Group(
-        value=record.value(members[0].value.name),
+    name: str,
+    members: list[Linear],
+    formats: Mapping[str, LayerFormat],
+    ranks: Mapping[str, int],
+) -> GroupTask:
+    layer = next(x for x in draft.layers if x.name == members[0].name)
+    value, transform, settings = record.value(name), Transform.of(layer), draft.recipe.activations
+    slots = [bin_slots(one, record.slots) for one in draft.bins]
+    grid = formats[members[0].name].activation
+    most = max(1, TOKENS // len(slots))
+    dynamic = _dynamic(settings)
+    return GroupTask(
         names=tuple(m.name for m in members),
-        weights=tuple(m.weight.values for m in members),
-        grid=formats.activation,
-        qmax=formats.qmax,
+        rows=tuple(transform(_thin(value.sample(one), most)) for one in slots),
+        ranges=() if dynamic else tuple(activation_range(value, one, settings, grid, transform) for one in slots),
+        dynamic=(dynamic,) * len(slots) if dynamic else (),
+        grid=grid,
+        weights=tuple(np.asarray(m.read_weight(), np.float32) for m in members),
+        formats=tuple(formats[m.name].weight for m in members),
+        ranks=tuple(ranks.get(m.name, 0) for m in members),
+        recipe=draft.recipe,
     )
 
 
-def _layer(
-    linear: Linear, recipe: Recipe, formats: Formats, choice: smoothing.Choice, ranges: tuple[Range, ...]
+def _thin(rows: Array, most: int) -> Array:
+    """At most `most` rows, evenly."""
+    picked: Array = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(np.int64))]
+    return picked
+
+
+def _dynamic(settings: ActivationRecipe) -> Dynamic | None:
+    if settings.grid == "mxfp4":
+        return Dynamic(kind="mx", why="E8M0 scales of blocks of 32 are part of the number format")
+    if settings.granularity != "tensor":
+        return Dynamic(kind=settings.granularity, why=f"scales per {settings.granularity}, as the recipe says")
+    return None
+
+
+def _complete(
+    layer: LayerPlan,
+    chosen: LayerFormat,
+    weights: LayerWeights,
+    ranges: tuple[Range, ...],
+    dynamic: tuple[Dynamic, ...],
 ) -> LayerPlan:
-    scale = weight_scale(linear.weight.values, formats.qmax, choice.scale, recipe.weights.range)
-    why = "least squared error a channel" if recipe.weights.range == "mse" else "largest magnitude a channel"
-    return LayerPlan(
-        name=linear.name,
-        value=linear.value.name,
-        rows=linear.rows,
-        shape=linear.shape,
-        smoothing=choice.smoothing,
-        smoothing_why=choice.why,
-        weight=WeightPlan(dtype=formats.weight, qmax=formats.qmax, scale=tuple(scale.tolist()), why=why),
-        activation_dtype=formats.activation.dtype,
+    return replace(
+        layer,
+        weight=weights.weight,
+        low_rank=weights.low_rank,
+        activation_dtype=chosen.activation.dtype,
+        activation_bits=chosen.activation.bits,
         activation=ranges,
-    )
-
-
-def _plan(
-    record: CalibrationRecord,
-    graph_hash: str,
-    recipe: Recipe,
-    spec: TargetSpec,
-    bins: tuple[Bin, ...],
-    layers: Sequence[LayerPlan],
-    bins_why: str,
-) -> QuantPlan:
-    return QuantPlan(
-        model=record.model,
-        graph_hash=graph_hash,
-        target=spec.name,
-        recipe=recipe,
-        bins=bins,
-        layers=tuple(layers),
-        bins_why=bins_why,
+        dynamic=dynamic,
+        bits_why=chosen.why,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,20 +15,23 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from vdq_export.errors import BundleError
-from vdq_export.manifest import MANIFEST, PLAN, REPORT, SCHEDULE, FileEntry, Manifest, safe_path
+from vdq_export.manifest import MANIFEST, REPORT, SCHEDULE, FileEntry, Manifest, safe_path
 from vdq_export.plan import Bin, QuantPlan
 from vdq_export.report.data import VerifyReport
 from vdq_export.schedule import Schedule
 
 
+_PLAN = re.compile(r"plan\.json|plans/plan\d{2,}\.json")
+
+
 @dataclass(frozen=True)
 class Bundle:
-    """A checked bundle folder. Make one with Bundle.open()."""
+    """A checked bundle folder. Make one with Bundle.open(). plans: one for each set of weights and precision."""
 
     path: Path
     manifest: Manifest
     schedule: Schedule
-    plan: QuantPlan | None
+    plans: tuple[QuantPlan, ...]
 
     @staticmethod
     def open(path: str | Path, *, verify_hashes: bool = True) -> Bundle:
@@ -46,12 +50,11 @@ class Bundle:
             for entry in manifest.files:
                 _check_file(root, entry, verify_hashes)
             schedule = Schedule.from_json(_read(root, manifest, SCHEDULE), str(root / SCHEDULE))
-            plan = None
-            if manifest.file(PLAN):
-                plan = QuantPlan.from_json(_read(root, manifest, PLAN), str(root / PLAN))
+            files = sorted(e.path for e in manifest.files if _PLAN.fullmatch(e.path))
+            plans = tuple(QuantPlan.from_json(_read(root, manifest, file), str(root / file)) for file in files)
         except OSError as error:
             raise BundleError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
-        bundle = Bundle(root, manifest, schedule, plan)
+        bundle = Bundle(root, manifest, schedule, plans)
         for one in schedule.bins:
             if manifest.file(one.graph) is None:
                 raise BundleError(f"{root / SCHEDULE}: graph {one.graph!r} is not in the bundle")
@@ -59,6 +62,13 @@ class Bundle:
             if entry.path.endswith(".onnx"):
                 _check_references(root, manifest, entry.path)
         return bundle
+
+    @property
+    def plan(self) -> QuantPlan:
+        """The plan of a bundle that has one. Raises BundleError for one with none or several."""
+        if len(self.plans) != 1:
+            raise BundleError(f"{self.path} carries {len(self.plans)} plans, not one", hint="see Bundle.plans")
+        return self.plans[0]
 
     @cached_property
     def report(self) -> VerifyReport | None:
@@ -92,7 +102,7 @@ class Bundle:
             self._replace(MANIFEST, manifest.to_json())
         except OSError as error:
             raise BundleError(f"cannot write {self.path / path}: {error.strerror or error}") from error
-        return Bundle(self.path, manifest, self.schedule, self.plan)
+        return Bundle(self.path, manifest, self.schedule, self.plans)
 
     def _replace(self, path: str, data: bytes) -> None:
         place = self.path / path

@@ -12,7 +12,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -25,13 +25,13 @@ from vdq_export.bundle import Bundle, hash_file, is_bundle
 from vdq_export.errors import BundleError
 from vdq_export.manifest import (
     MANIFEST,
-    PLAN,
     REPORT,
     SCHEDULE,
     FileEntry,
     Manifest,
     Signature,
     TensorInfo,
+    plan_path,
     safe_path,
     tool_versions,
 )
@@ -110,15 +110,19 @@ class BundleWriter:
         return place
 
     def commit(
-        self, manifest: Manifest, schedule: Schedule, plan: QuantPlan | None = None, report: VerifyReport | None = None
+        self,
+        manifest: Manifest,
+        schedule: Schedule,
+        plans: Sequence[QuantPlan] = (),
+        report: VerifyReport | None = None,
     ) -> Bundle:
-        """Write schedule, plan, report and manifest, check the whole, and put it in place.
+        """Write schedule, plans, report and manifest, check the whole, and put it in place.
 
         manifest: everything but `files` and `tools`, which are filled in here. Returns the opened bundle.
         """
         self.add_file(SCHEDULE, schedule.to_json())
-        if plan is not None:
-            self.add_file(PLAN, plan.to_json())
+        for number, plan in enumerate(plans):
+            self.add_file(plan_path(number, len(plans)), plan.to_json())
         if report is not None:
             self.add_file(REPORT, report.to_json())
         with _one_line(self.out):

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from vdq_export import pipeline, sources, targets
 from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter, signature_of
 from vdq_export.calib.bins import Tsw, check_count
+from vdq_export.calib.draft import Network, draft
 from vdq_export.calib.observe import observe
 from vdq_export.calib.record import CalibrationRecord
-from vdq_export.calib.solve import solve
+from vdq_export.calib.solve import Solved, at_precision, solve
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import CalibrationError, PassError
 from vdq_export.graph import Graph
 from vdq_export.manifest import Manifest, ModelIdentity
 from vdq_export.model import Model
-from vdq_export.passes.smoothing import settle
 from vdq_export.plan import QuantPlan
 from vdq_export.progress import Reporter
+from vdq_export.recipe import Recipe
 from vdq_export.schedule import Schedule
 from vdq_export.target_spec import TargetSpec
 from vdq_export.trace import trace
@@ -31,22 +34,55 @@ Dump = Callable[[str, Graph], None]
 
 
 @dataclass(frozen=True)
+class Part:
+    """One set of weights: the float graph with smoothing and rotation carried out, and what quantizes it.
+
+    Several plans: the same weights under other activation precisions.
+    """
+
+    graph: Graph
+    plans: tuple[QuantPlan, ...]
+    tensors: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Planned:
     """What is known before any graph is quantized."""
 
     model: Model
     spec: TargetSpec
-    graph: Graph  # canonical float graph
-    plan: QuantPlan
+    recipe: Recipe
+    parts: tuple[Part, ...]
     reports: list[PassReport]
+
+    @property
+    def plans(self) -> tuple[QuantPlan, ...]:
+        """In the order of their bins."""
+        return tuple(plan for part in self.parts for plan in part.plans)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What make_plan() was asked for, checked."""
+
+    spec: TargetSpec
+    recipe: Recipe
+    tsw: Tsw | None  # None: the recipe's
+    optimal_bins: bool = False
+    calibration: Path | None = None
+    save_calibration: Path | None = None
+    workers: int = 1
+    traced: Mapping[str, Graph] = field(default_factory=dict)
+    dump: Dump | None = None
+    reporter: Reporter = field(default_factory=Reporter)
 
 
 def export(
     model: Model | str = sources.DEFAULT,
     *,
     target: str = "ort-int8",
-    tsw: int | str = 4,
-    recipe: str = "static-asq",
+    tsw: int | str | None = None,
+    recipe: str | Recipe = "static-asq",
     out: str | Path = "bundle",
     force: bool = False,
     strict: bool = False,
@@ -56,8 +92,8 @@ def export(
 ) -> Bundle:
     """Compile `model` for `target` and write the bundle folder `out`; returns it opened.
 
-    tsw: timestep bins: a number, "auto" or "all". recipe: a name or a TOML file. force: replace a bundle at `out`.
-    strict: fail when a pass skipped a planned edit. choices: what make_plan() takes. Raises VdqError subclasses.
+    tsw: timestep bins: a number, "auto" or "all"; by default the recipe's. recipe: a name, a TOML file, or a Recipe. force: replace a bundle at
+    `out`. strict: fail when a pass skipped a planned edit. choices: what make_plan() takes. Raises VdqError subclasses.
     """
     reporter = reporter or Reporter()
     with BundleWriter(out, force=force) as writer:  # first: a taken folder is refused before the hours of work
@@ -69,33 +105,29 @@ def make_plan(
     model: Model | str,
     *,
     target: str,
-    tsw: int | str,
-    recipe: str,
+    recipe: str | Recipe,
+    tsw: int | str | None = None,
     isa: str | None = None,
-    optimal_bins: bool = False,
-    calibration: Path | None = None,
-    save_calibration: Path | None = None,
-    traced: Graph | None = None,
-    dump: Dump | None = None,
-    reporter: Reporter | None = None,
+    **choices: Any,
 ) -> Planned:
-    """Everything that looks at data. calibration: reuse a saved record instead of running the model; traced: its graph,
-    if there is one already (it is edited)."""
-    reporter = reporter or Reporter()
-    spec, chosen, count = targets.load(target).spec(isa), recipes.load(recipe), _bin_count(tsw)  # cheap refusals first
-    if calibration is not None and not calibration.is_file():
-        raise CalibrationError(f"no calibration record at {calibration}", hint="--save-calibration writes one")
+    """Everything that looks at data.
+
+    choices: optimal_bins; calibration: a saved record to use instead of running the model; save_calibration; workers:
+    processes that solve layers; traced: {expert, "" for the only network: its graph} if there are any already (they
+    are edited); dump; reporter.
+    """
+    chosen = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
+    count = None if tsw is None else _bin_count(tsw)
+    settings = _Settings(targets.load(target).spec(isa), chosen, count, **choices)  # cheap refusals first
     model = sources.resolve(model)
-    with reporter.stage("trace"):
-        graph = traced or trace(model)
-    reports = pipeline.run_passes(graph, pipeline.CANONICAL, PassContext(spec=spec), dump=dump)
-    record = _record(graph, model, calibration, reporter)
-    if save_calibration:
-        record.save(save_calibration)
-    with reporter.stage("solve") as advance:
-        plan = solve(graph, record, chosen, spec, tsw=count, optimal_bins=optimal_bins, progress=advance)
-    plan = settle(graph, plan)  # a producer that takes a reader's smoothing keeps its integers, its scales follow
-    return Planned(model, spec, graph, plan, reports)
+    parts: list[Part] = []
+    reports: list[PassReport] = []
+    for expert, network in model.networks():
+        first = sum(len(plan.bins) for part in parts for plan in part.plans)
+        made, told = _plan_network(expert, network, model.limits(expert), settings, first)
+        parts += made
+        reports += told
+    return Planned(model, settings.spec, chosen, tuple(parts), reports)
 
 
 def finish(
@@ -110,31 +142,69 @@ def finish(
     reporter = reporter or Reporter()
     reports, paths = quantize(planned, writer, dump=dump, reporter=reporter)
     _tell(planned.reports + reports, strict, reporter)
-    schedule = Schedule.from_bins(planned.plan.bins, paths, sampler=_sampler_settings(planned.model))
-    return writer.commit(_manifest(planned), schedule, planned.plan)
+    schedule = Schedule.from_plans(planned.plans, paths, sampler=_sampler_settings(planned.model))
+    return writer.commit(_manifest(planned), schedule, planned.plans)
 
 
 def quantize(
     planned: Planned, writer: BundleWriter, *, dump: Dump | None, reporter: Reporter
 ) -> tuple[list[PassReport], list[str]]:
-    """Carry the plan out: bin-independent passes once, then one graph a bin into the bundle.
+    """Carry the plans out: bin-independent passes once a part, then one graph a bin into the bundle.
 
-    Returns what the passes did (of the bins, which are alike, the first) and the bundle path of each bin's graph.
+    Returns what the passes did (of a part's bins, which are alike, the first) and the bundle path of each bin's graph.
     """
     own = tuple(targets.load(planned.spec.name).PASSES)
-    shared = planned.graph.copy()
-    reports = pipeline.run_passes(shared, pipeline.SHARED, PassContext(planned.plan, None, planned.spec), dump=dump)
-    paths = []
+    reports, paths = list[PassReport](), list[str]()
+    total = sum(len(plan.bins) for plan in planned.plans)
     with reporter.stage("quantize") as advance:
-        for one in planned.plan.bins:
-            graph = shared.copy()
-            context = PassContext(planned.plan, one, planned.spec)
-            made = pipeline.run_passes(graph, (*pipeline.PER_BIN, *own), context, dump=dump if one.index == 0 else None)
-            if one.index == 0:
-                reports += made
-            paths.append(writer.add_graph(f"body.{one.name}", *graph.skeleton()))
-            advance(one.index + 1, len(planned.plan.bins))
+        for part in planned.parts:
+            shared = part.graph.copy()
+            context = PassContext(part.plans[0], None, planned.spec, part.tensors)
+            reports += pipeline.run_passes(shared, pipeline.SHARED, context, dump=dump)
+            for plan in part.plans:
+                for one in plan.bins:
+                    graph, is_first = shared.copy(), one is part.plans[0].bins[0]
+                    context = PassContext(plan, one, planned.spec, part.tensors)
+                    order = (*pipeline.PER_BIN, *own)
+                    made = pipeline.run_passes(graph, order, context, dump=dump if is_first else None)
+                    reports += made if is_first else []
+                    paths.append(writer.add_graph(f"body.{one.name}", *graph.skeleton()))
+                    advance(one.index + 1, total)
     return reports, paths
+
+
+def _plan_network(
+    expert: str, model: Model, limits: tuple[float | None, float | None], settings: _Settings, first: int
+) -> tuple[list[Part], list[PassReport]]:
+    """The parts of one network: as many as it gets sets of weights. first: number of its first bin."""
+    spec, dump, reporter = settings.spec, settings.dump, settings.reporter
+    recipe = settings.recipe.of_expert(expert) if expert else settings.recipe
+    with reporter.stage(f"trace {expert}".strip()):
+        graph = settings.traced[expert] if expert in settings.traced else trace(model)
+    reports = pipeline.run_passes(graph, pipeline.CANONICAL, PassContext(spec=spec), dump=dump)
+    record = _record(graph, model, expert, settings)
+    network = Network(graph, record, recipe, spec, expert, limits)
+    parts = []
+    with reporter.stage(f"solve {expert}".strip()) as advance:
+        bins = recipe.tsw if settings.tsw is None else settings.tsw
+        drafts = draft(network, tsw=bins, optimal_bins=settings.optimal_bins, first=first)
+        count = sum(len(one.bins) for one in drafts)
+        for number, one in enumerate(drafts):
+            floated = graph.copy()
+            told = pipeline.run_passes(floated, pipeline.FLOAT, PassContext(one, None, spec), dump=dump)
+            reports += told if number == 0 else []
+            solved = solve(one, floated, record, spec, workers=settings.workers, progress=advance)
+            parts.append(Part(floated, _precisions(solved, record, spec, count), solved.tensors))
+    return parts, reports
+
+
+def _precisions(solved: Solved, record: CalibrationRecord, spec: TargetSpec, count: int) -> tuple[QuantPlan, ...]:
+    """The plan itself, or, under a delta schedule, it as the low precision and the high one, `count` bins further."""
+    plan, wanted = solved.plan, solved.plan.recipe.schedule
+    if wanted.delta is None:
+        return (plan,)
+    high = at_precision(plan, record, spec, wanted.high, first=plan.bins[0].index + count)
+    return msgspec.structs.replace(plan, precision="low"), high
 
 
 def _bin_count(tsw: int | str) -> Tsw:
@@ -146,11 +216,22 @@ def _bin_count(tsw: int | str) -> Tsw:
     return chosen
 
 
-def _record(graph: Graph, model: Model, saved: Path | None, reporter: Reporter) -> CalibrationRecord:
+def _record(graph: Graph, model: Model, expert: str, settings: _Settings) -> CalibrationRecord:
+    """Saved or made now; with experts each has a file of its own, "NAME.EXPERT.safetensors"."""
+    saved = _of_expert(settings.calibration, expert)
     if saved is not None:
-        return CalibrationRecord.load(saved)  # solve() checks whose it is
-    with reporter.stage("calibrate") as advance:
-        return observe(graph, model, progress=advance)
+        if not saved.is_file():
+            raise CalibrationError(f"no calibration record at {saved}", hint="--save-calibration writes one")
+        return CalibrationRecord.load(saved)  # draft() checks whose it is
+    with settings.reporter.stage(f"calibrate {expert}".strip()) as advance:
+        record = observe(graph, model, progress=advance)
+    if (place := _of_expert(settings.save_calibration, expert)) is not None:
+        record.save(place)
+    return record
+
+
+def _of_expert(path: Path | None, expert: str) -> Path | None:
+    return path if path is None or not expert else path.with_suffix(f".{expert}{path.suffix}")
 
 
 def _tell(reports: list[PassReport], strict: bool, reporter: Reporter) -> None:
@@ -170,13 +251,18 @@ def _sampler_settings(model: Model) -> dict[str, Any]:
 
 
 def _manifest(planned: Planned) -> Manifest:
-    model, graph = planned.model, planned.graph
+    model, spec = planned.model, planned.spec
+    graph = planned.parts[0].graph
     return Manifest(
-        model=ModelIdentity(name=model.name, weight_hash=graph.source, config=model.metadata.get("config", {})),
-        target=planned.spec.name,
-        isa=planned.spec.isa,
+        model=ModelIdentity(
+            name=model.name,
+            weight_hash=model.weight_hash() if model.experts else graph.source,
+            config=model.metadata.get("config", {}),
+        ),
+        target=spec.name,
+        isa=spec.isa,
         signature=signature_of(graph.skeleton()[0], model.timestep_input),
-        recipe=planned.plan.recipe,
-        session=targets.load(planned.spec.name).session_options(planned.spec),
-        providers=planned.spec.providers,
+        recipe=planned.recipe,
+        session=targets.load(spec.name).session_options(spec),
+        providers=spec.providers,
     )

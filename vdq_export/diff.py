@@ -109,7 +109,10 @@ def _diff_bundles(a: Bundle, b: Bundle) -> Difference:
         changes += [Change(change.kind, f"{label}: {change.where}", change.detail) for change in one.changes]
     changes += [Change("added", label, f"graph {path.name}") for label, path in graphs[1].items()]
     changes += _settings("schedule", _plain(a.schedule), _plain(b.schedule))
-    changes += _settings("plan", _plain(a.plan), _plain(b.plan))
+    if len(a.plans) != len(b.plans):
+        changes.append(Change("plan", "plans", f"{len(a.plans)} -> {len(b.plans)}"))
+    for old_plan, new_plan in zip(a.plans, b.plans, strict=False):
+        changes += _settings("plan", _plain(old_plan), _plain(new_plan))
     old, new = ({k: v for k, v in _plain(x.manifest).items() if k not in _BOOKKEEPING} for x in (a, b))
     changes += _settings("manifest", old, new)
     changes += _tables(a, b)
@@ -132,8 +135,8 @@ def _tables(a: Bundle, b: Bundle) -> Iterator[Change]:
         yield Change("parameter", where, detail)
 
 
-def _plain(data: msgspec.Struct | None) -> Any:
-    return {} if data is None else msgspec.to_builtins(data)
+def _plain(data: msgspec.Struct) -> Any:
+    return msgspec.to_builtins(data)
 
 
 def _settings(kind: Kind, old: Any, new: Any) -> list[Change]:

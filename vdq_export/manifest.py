@@ -14,7 +14,7 @@ from vdq_export.jsonfile import encode
 from vdq_export.recipe import Recipe
 
 FORMAT = 1
-MANIFEST, SCHEDULE, PLAN, REPORT = "manifest.json", "schedule.json", "plan.json", "report/report.json"
+MANIFEST, SCHEDULE, REPORT = "manifest.json", "schedule.json", "report/report.json"
 TOOLS = ("vdq-export", "onnx", "onnxruntime", "torch", "numpy")
 
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
@@ -110,6 +110,11 @@ def safe_path(path: str, origin: str) -> str:
     if outside or "\\" in path or "\0" in path or str(posix) != path or path in ("", "."):
         raise BundleError(f"{origin}: {path!r} is not a path inside the bundle")
     return path
+
+
+def plan_path(number: int, count: int) -> str:
+    """Where a bundle of `count` plans keeps this one."""
+    return "plan.json" if count == 1 else f"plans/plan{number:02d}.json"
 
 
 def tool_versions() -> dict[str, str]:

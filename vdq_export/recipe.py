@@ -126,9 +126,12 @@ class AllocateRecipe(_Settings, frozen=True):
 
 
 class ScheduleRecipe(_Settings, frozen=True):
-    """What the host does from step to step (docs/schedule.md). delta: accumulated relative change of the output at which a
-    step runs in `high` activation bits. cache: accumulated change of the network's modulated input at which a step is
-    computed again instead of reusing the last one's output; 0 never reuses."""
+    """What the host does from step to step (docs/schedule.md).
+
+    delta: accumulated relative change of the output at which a step runs in `high` activation bits; without it all
+    steps run alike. cache: accumulated change of the network's modulated input at which a step is computed again
+    instead of reusing the last one's output; 0 never reuses.
+    """
 
     delta: Annotated[float, Meta(ge=0.0)] | None = None
     high: Bits = 8
@@ -153,11 +156,15 @@ class VerifyRecipe(_Settings, frozen=True):
 
 
 class Recipe(_Settings, frozen=True):
-    """One named way of quantizing; `name`, `summary` and `source` are for people."""
+    """One named way of quantizing; `name`, `summary` and `source` are for people.
+
+    tsw: timestep bins where the caller names none: how many, or their edges as shares of the steps; with experts, of each.
+    """
 
     name: str
     summary: str
     source: str = ""
+    tsw: Annotated[int, Meta(ge=1)] | Literal["auto", "all"] | tuple[float, ...] = 4
     format: Literal[1] = 1
     weights: WeightRecipe = WeightRecipe()
     activations: ActivationRecipe = ActivationRecipe()
@@ -170,7 +177,6 @@ class Recipe(_Settings, frozen=True):
     override: tuple[Override, ...] = ()
     expert: dict[str, dict[str, Any]] = {}  # expert's name -> what it has otherwise than the rest of the recipe
     verify: VerifyRecipe = VerifyRecipe()
-
 
     def of_expert(self, name: str) -> Recipe:
         """The recipe one expert gets. Raises RecipeError when its table holds an unknown key."""

@@ -66,38 +66,54 @@ def verify(
     Raises ModelError when the model is not the one the bundle was made from, BundleError when it carries no plan.
     """
     reporter = reporter or Reporter()
-    plan = bundle.plan
-    if plan is None:
-        raise BundleError(f"{bundle.path} carries no plan.json", hint="export it again")
+    if not bundle.plans:
+        raise BundleError(f"{bundle.path} carries no plan", hint="export it again")
     model = sources.resolve(model or bundle.manifest.model.name)
-    thresholds = plan.recipe.verify
-    with reporter.stage("trace"):
-        graph = trace(model, tolerance=thresholds.max_float_error)
-    if graph.source != bundle.manifest.model.weight_hash:
-        raise ModelError(f"{model.name} has other weights than the model of {bundle.path}", hint="pass its own model")
-    spec = targets.load(plan.target).spec(bundle.manifest.isa)
-    pipeline.run_passes(graph, pipeline.CANONICAL, PassContext(spec=spec))
-    # Smoothed, too: folding s into a producer changes what that layer puts out, in float and quantized graph alike.
-    pipeline.run_passes(graph, pipeline.FLOAT, PassContext(plan, None, spec))
-    layers = compare_layers(bundle, plan, graph, _first_trajectory(model), reporter)
-    kernels, floating = count_kernels(bundle, plan)
+    thresholds = bundle.plans[0].recipe.verify
+    layers: list[LayerQuality] = []
+    for expert, network in model.networks():
+        with reporter.stage(f"trace {expert}".strip()):
+            graph = trace(network, tolerance=thresholds.max_float_error)
+        _check_identity(bundle, model, graph.source)
+        spec = targets.load(bundle.manifest.target).spec(bundle.manifest.isa)
+        pipeline.run_passes(graph, pipeline.CANONICAL, PassContext(spec=spec))
+        steps = _first_trajectory(network)
+        for plan in (p for p in bundle.plans if p.expert == expert):
+            # Smoothed and rotated, too: what is folded into a producer changes what that layer puts out, in float and
+            # quantized graph alike.
+            floated = graph.copy()
+            pipeline.run_passes(floated, pipeline.FLOAT, PassContext(plan, None, spec))
+            layers += compare_layers(bundle, plan, floated, steps, reporter)
+    kernels, floating = count_kernels(bundle)
     made = make_clips(bundle, model, clips, reporter)
     return _verdict(bundle, model, thresholds, layers, kernels, floating, made)
+
+
+def _check_identity(bundle: Bundle, model: Model, traced: str) -> None:
+    found = model.weight_hash() if model.experts else traced
+    if found != bundle.manifest.model.weight_hash:
+        raise ModelError(f"{model.name} has other weights than the model of {bundle.path}", hint="pass its own model")
 
 
 def compare_layers(
     bundle: Bundle, plan: QuantPlan, graph: Graph, trajectory: Trajectory, reporter: Reporter
 ) -> tuple[LayerQuality, ...]:
-    """SQNR of every quantized layer's output, and of the network's output, fed with the float model's own inputs."""
+    """SQNR of every quantized layer's output, and of the network's output, fed with the float model's own inputs.
+
+    graph: the float graph of `plan`, smoothed and rotated. Steps that no bin of the plan serves are left out.
+    """
     outputs = {linear.name: linear.output.name for linear in graph.linears()}
     wanted = {layer.name: outputs[layer.name] for layer in plan.layers if layer.quantized} | {OUTPUT: OUTPUT}
     reference = ort.session(graph, outputs=list(wanted.values()))
     sums: dict[tuple[str, int], _Energy] = {}
     session, active = None, -1
     names = {i.name for i in graph.gs.inputs}
-    with reporter.stage("compare layers") as advance:
+    mine = {one.index for one in plan.bins}
+    with reporter.stage(f"compare layers {plan.name}".strip()) as advance:
         for done, step in enumerate(trajectory, 1):
-            index = bundle.schedule.select(step["t"], step["branch"])
+            index = bundle.schedule.select(step["t"], step["branch"], precision=plan.precision)
+            if index not in mine:
+                continue
             if index != active:
                 graph_now = Graph.load(bundle.graph_path(index))
                 session = ort.session(graph_now, outputs=list(wanted.values()), options=bundle.manifest.session)
@@ -115,12 +131,12 @@ def compare_layers(
     )
 
 
-def count_kernels(bundle: Bundle, plan: QuantPlan) -> tuple[KernelCount, list[str]]:
+def count_kernels(bundle: Bundle) -> tuple[KernelCount, list[str]]:
     """Planned integer linears over all bins, those onnxruntime runs as such, and the others' names."""
-    target = targets.load(plan.target)
+    target = targets.load(bundle.manifest.target)
     planned, floating = 0, []
     with tempfile.TemporaryDirectory() as folder:
-        for one in plan.bins:
+        for plan, one in ((plan, one) for plan in bundle.plans for one in plan.bins):
             path = Path(folder) / f"{one.name}.onnx"
             ort.session(
                 Graph.load(bundle.graph_path(one.index)), options=bundle.manifest.session, optimised_path=str(path)

@@ -35,20 +35,22 @@ def export_command(
 
 
 def _summary(bundle: Bundle) -> dict[str, Any]:
-    plan = bundle.plan
-    assert plan is not None
+    first = bundle.plans[0]
+    layers = [layer for plan in bundle.plans if plan.precision in ("", "low") for layer in plan.layers]
     return {
         "bundle": str(bundle.path),
         "bytes": bundle.size,
-        "model": plan.model,
-        "target": plan.target,
+        "weight_bytes": sum(e.size for e in bundle.manifest.files if e.path.endswith("/weights.bin")),
+        "model": bundle.manifest.model.name,
+        "target": first.target,
         "isa": bundle.manifest.isa,
-        "recipe": plan.recipe.name,
-        "bins": [{"t": b.t, "branch": b.branch, "steps": len(b.steps)} for b in plan.bins],
-        "layers": {
-            "quantized": sum(x.quantized for x in plan.layers),
-            "float": sum(not x.quantized for x in plan.layers),
-        },
+        "recipe": first.recipe.name,
+        "bins": [
+            {"t": b.t, "branch": b.branch, "steps": len(b.steps), "expert": plan.expert, "precision": plan.precision}
+            for plan in bundle.plans
+            for b in plan.bins
+        ],
+        "layers": {"quantized": sum(x.quantized for x in layers), "float": sum(not x.quantized for x in layers)},
     }
 
 
@@ -58,5 +60,5 @@ def _text(bundle: Bundle) -> str:
     return (
         f"{facts['bundle']}: {facts['model']} for {facts['target']} ({facts['isa']}), recipe {facts['recipe']}, "
         f"{len(facts['bins'])} bins, {layers['quantized']} layers quantized, {layers['float']} in float, "
-        f"{facts['bytes'] / 1e6:.1f} MB"
+        f"{facts['bytes'] / 1e6:.1f} MB, {facts['weight_bytes'] / 1e6:.1f} MB of them weights"
     )

@@ -31,7 +31,7 @@ planning = together(
         "--target", default="ort-int8", show_default=True, help="Deployment target; see `vdq-export targets`."
     ),
     click.option("--isa", help="Instruction set to compile for; by default this machine's."),
-    click.option("--tsw", default="4", show_default=True, help="Timestep bins: a number, `auto` or `all`."),
+    click.option("--tsw", help="Timestep bins (of each expert): a number, `auto` or `all`; by default the recipe's."),
     click.option(
         "--bins", type=click.Choice(["even", "optimal"]), default="even", show_default=True, help="Edges of the bins."
     ),

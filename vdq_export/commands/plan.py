@@ -23,28 +23,30 @@ from vdq_export.plan import LayerPlan, QuantPlan
 def plan_command(model: str, bins: str, as_json: bool, verbose: int, quiet: bool, **choices: Any) -> None:
     """Print the quantization plan of MODEL (or of a bundle folder)."""
     if Path(model, "manifest.json").is_file():
-        plan = Bundle.open(model).plan
+        plans = Bundle.open(model).plans
     else:
-        planned = compiler.make_plan(
+        plans = compiler.make_plan(
             model, optimal_bins=bins == "optimal", reporter=reporter(verbose, quiet), **choices
-        )
-        plan = planned.plan
-    if plan is None:
-        raise BundleError(f"{model} carries no plan.json", hint="export it again")
+        ).plans
+    if not plans:
+        raise BundleError(f"{model} carries no plan", hint="export it again")
     if as_json:
-        click.echo(plan.to_json(), nl=False)
-    else:
+        whole = plans[0].to_json() if len(plans) == 1 else b"[" + b",".join(p.to_json() for p in plans) + b"]\n"
+        click.echo(whole, nl=False)
+        return
+    for plan in plans:
         print_plan(plan)
 
 
 def print_plan(plan: QuantPlan) -> None:
     console = Console()
-    console.print(f"{plan.model} for {plan.target}, recipe {plan.recipe.name}; {plan.bins_why}", markup=False)
+    which = f" ({plan.name})" if plan.name else ""
+    console.print(f"{plan.model}{which} for {plan.target}, recipe {plan.recipe.name}; {plan.bins_why}", markup=False)
     for one in plan.bins:
         console.print(
             f"  {one.name}: t {one.t[0]:g} … {one.t[1]:g}, {len(one.steps)} steps, branch {one.branch}", markup=False
         )
-    table = Table("layer", "K × N", "weight", "activation", "smoothing", "scale per bin", box=None)
+    table = Table("layer", "K × N", "weight", "activation", "smoothing", "rotation", "rank", "scale per bin", box=None)
     for layer in plan.layers:
         table.add_row(*_row(layer))
     console.print(table, markup=False)
@@ -52,8 +54,19 @@ def print_plan(plan: QuantPlan) -> None:
 
 def _row(layer: LayerPlan) -> tuple[str, ...]:
     size = f"{layer.shape[0]} × {layer.shape[1]}"
-    if layer.weight is None:
-        return layer.name, size, "float", "float", "", layer.keep_float
-    smoothing = f"α {layer.smoothing.alpha:g}" if layer.smoothing else "none"
+    weight = layer.weight
+    if weight is None:
+        return layer.name, size, "float", "float", "", "", "", layer.keep_float
+    groups = f" / {weight.group}" if weight.group else ""
+    grid = f"{'mxfp' if weight.grid == 'e2m1' else 'int'}{weight.bits}{groups}{' GPTQ' if weight.codes else ''}"
     scales = " ".join(f"{one.scale:.3g}" for one in layer.activation)
-    return layer.name, size, layer.weight.dtype, layer.activation_dtype, smoothing, scales
+    return (
+        layer.name,
+        size,
+        grid,
+        f"int{layer.activation_bits}" if layer.activation else f"per {layer.dynamic[0].kind}",
+        f"α {layer.smoothing.alpha:g}" if layer.smoothing else "none",
+        f"H{layer.rotation.block}" if layer.rotation else "none",
+        str(layer.low_rank.rank) if layer.low_rank else "",
+        scales,
+    )

@@ -1,0 +1,180 @@
+"""The first half of a plan: what happens to values before they are quantized, and when which bin holds.
+
+What a smoothing or a rotation does to a weight is done by the float passes, so the second half (`solve`) reads weights
+from the graph those passes left. A draft has everything but numbers of quantizers.
+
+With smoothing `tsq` each bin gets weights of its own: one draft a bin. Else one draft holds all bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+from msgspec.structs import replace
+
+from vdq_export.calib import bins as binning
+from vdq_export.calib import rotation, smoothing
+from vdq_export.calib.formats import LayerFormat, check
+from vdq_export.calib.record import CalibrationRecord
+from vdq_export.calib.transform import Transform
+from vdq_export.graph import Graph, Linear
+from vdq_export.plan import Bin, LayerPlan, QuantPlan, Rotation
+from vdq_export.recipe import Recipe
+from vdq_export.target_spec import TargetSpec
+
+
+@dataclass(frozen=True)
+class Network:
+    """What drafts are made from: one canonical float graph, its record, and how it shall be quantized.
+
+    expert: its name where the model has several. limits: the timesteps it serves, where others serve the next ones.
+    """
+
+    graph: Graph
+    record: CalibrationRecord
+    recipe: Recipe
+    spec: TargetSpec
+    expert: str = ""
+    limits: tuple[float | None, float | None] = (None, None)
+
+
+def draft(network: Network, *, tsw: binning.Tsw = 1, optimal_bins: bool = False, first: int = 0) -> list[QuantPlan]:
+    """One draft for each set of weights. tsw: number of timestep bins, "auto" or "all"; optimal_bins: edges by dynamic
+    programming instead of even ranges; first: number of the first bin.
+
+    Raises RecipeError when recipe and target (or tsw and record) contradict each other, CalibrationError when the
+    record is of another graph or lacks a value.
+    """
+    graph, record, recipe, spec = network.graph, network.record, network.recipe, network.spec
+    graph_hash = graph.hash()
+    record.check(graph_hash)
+    base = check(recipe, spec)
+    linears = graph.linears()
+    kept = {x.name: why for x in linears if (why := keep_reason(x, recipe, spec))}
+    groups = by_value(linears, kept)
+
+    def bins_for(transforms: Mapping[str, Transform]) -> tuple[tuple[Bin, ...], str]:
+        watched = [binning.Watched(record.value(name), base.activation, transforms[name]) for name in groups]
+        chosen, why = binning.choose(
+            record, watched, tsw, optimal=optimal_bins, per_branch=recipe.activations.per_branch
+        )
+        return binning.place(chosen, network.expert, network.limits, first), why
+
+    def plan(bins: Sequence[Bin], why: str, transforms: Mapping[str, Transform]) -> QuantPlan:
+        return QuantPlan(
+            model=record.model,
+            graph_hash=graph_hash,
+            target=spec.name,
+            recipe=recipe,
+            bins=tuple(bins),
+            layers=tuple(_layer(x, kept.get(x.name, ""), transforms.get(x.value.name)) for x in linears),
+            bins_why=why,
+            expert=network.expert,
+            draft=True,
+        )
+
+    if recipe.smoothing.kind == "tsq" and not recipe.smoothing.shared:
+        bins, why = bins_for(dict.fromkeys(groups, Transform()))
+        slots = [binning.bin_slots(one, record.slots) for one in bins]
+        every = [transforms_of(network, groups, linears, kept, base, [mine]) for mine in slots]
+        return [plan([one], f"{why}; own weights a bin", mine) for one, mine in zip(bins, every, strict=True)]
+    transforms = transforms_of(network, groups, linears, kept, base, _provisional(network, tsw))
+    return [plan(*bins_for(transforms), transforms)]
+
+
+def keep_reason(linear: Linear, recipe: Recipe, spec: TargetSpec) -> str:
+    """Why a layer stays in float, or nothing. The first matching rule of the recipe is named."""
+    for rule in recipe.keep_float:
+        if fnmatchcase(linear.name, rule.match):
+            return f"{rule.why} (recipe: {rule.match})"
+    if linear.rows < spec.min_rows:
+        return f"{linear.rows} row(s) a call, {spec.name} gains from {spec.min_rows} on"
+    return ""
+
+
+def by_value(linears: Sequence[Linear], kept: Mapping[str, str]) -> dict[str, list[Linear]]:
+    """{value: the quantized linears that read it}, in graph order."""
+    groups: dict[str, list[Linear]] = {}
+    for linear in linears:
+        if linear.name not in kept:
+            groups.setdefault(linear.value.name, []).append(linear)
+    return groups
+
+
+def transforms_of(
+    network: Network,
+    groups: Mapping[str, Sequence[Linear]],
+    linears: Sequence[Linear],
+    kept: Mapping[str, str],
+    base: LayerFormat,
+    bins: Sequence[Sequence[int]],
+) -> dict[str, Transform]:
+    """{value: what becomes of it}, chosen on the slots of `bins`.
+
+    A value that a layer kept in float reads too is not smoothed: scaled, it would be wrong there.
+    """
+    record, recipe = network.record, network.recipe
+    shared = {x.value.name: x.name for x in linears if x.name in kept}
+    free = [_group(record, name, members, base) for name, members in groups.items() if name not in shared]
+    choices = smoothing.choose(free, recipe.smoothing, recipe.activations, recipe.weights.range, bins)
+    smoothed = dict(zip([g.value.name for g in free], choices, strict=True))
+    rotated = rotation.choose(network.graph, groups, recipe.rotation)
+    found = {}
+    for name, members in groups.items():
+        choice = smoothed.get(name) or smoothing.Choice(None, f"{shared[name]}, kept in float, reads the same value")
+        turn, why = rotated[name]
+        transform = Transform(choice.smoothing, turn, choice.why, why)
+        if turn is not None and recipe.rotation.scale == "channel":
+            transform = _scaled(network, _group(record, name, members, base), transform, turn, bins)
+        found[name] = transform
+    return found
+
+
+def _scaled(
+    network: Network, group: smoothing.Group, transform: Transform, turn: Rotation, bins: Sequence[Sequence[int]]
+) -> Transform:
+    recipe = network.recipe
+    scale, why = smoothing.after_rotation(group, transform, recipe.activations, recipe.weights.range, bins)
+    if scale is None:
+        return Transform(transform.smoothing, turn, transform.smoothing_why, f"{transform.rotation_why}; {why}")
+    turned = replace(turn, scale=tuple(np.asarray(scale).tolist()), why=f"{turn.why}; {why}")
+    return Transform(transform.smoothing, turned, transform.smoothing_why, turned.why)
+
+
+def _provisional(network: Network, tsw: binning.Tsw) -> list[list[int]]:
+    """Slots of the bins that a search of alpha assumes: even ones (one a step for `auto`), for bins come after it."""
+    record = network.record
+    bins, _ = binning.choose(
+        record, (), "all" if tsw == "auto" else tsw, per_branch=network.recipe.activations.per_branch
+    )
+    return [binning.bin_slots(one, record.slots) for one in bins]
+
+
+def _group(record: CalibrationRecord, name: str, members: Sequence[Linear], base: LayerFormat) -> smoothing.Group:
+    return smoothing.Group(
+        value=record.value(name),
+        names=tuple(m.name for m in members),
+        weights=tuple(m.weight.values for m in members),
+        grid=base.activation,
+        format=base.weight,
+    )
+
+
+def _layer(linear: Linear, keep: str, transform: Transform | None) -> LayerPlan:
+    if keep or transform is None:
+        return LayerPlan(
+            name=linear.name, value=linear.value.name, rows=linear.rows, shape=linear.shape, keep_float=keep
+        )
+    return LayerPlan(
+        name=linear.name,
+        value=linear.value.name,
+        rows=linear.rows,
+        shape=linear.shape,
+        smoothing=transform.smoothing,
+        rotation=transform.rotation,
+        smoothing_why=transform.smoothing_why,
+        rotation_why=transform.rotation_why,
+    )
