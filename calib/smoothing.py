@@ -22,16 +22,11 @@ from functools import partial
 
 import numpy as np
 
-from vdq_export.calib.ranges import (
-    Grid,
-    activation_range,
-    affine,
-    fake_quantize,
-    quantize_weight,
-    row_peaks,
-    weight_scale,
-)
+from vdq_export.calib import weight_ranges
+from vdq_export.calib.formats import WeightFormat
+from vdq_export.calib.ranges import Grid, activation_range, affine, fake_quantize
 from vdq_export.calib.record import ValueRecord
+from vdq_export.calib.weight_ranges import Method, row_peaks
 from vdq_export.graph import Array
 from vdq_export.plan import Smoothing
 from vdq_export.recipe import ActivationRecipe, SmoothingRecipe
@@ -96,7 +91,7 @@ def choose(
     groups: Sequence[Group],
     settings: SmoothingRecipe,
     activations: ActivationRecipe,
-    weights: str,
+    weights: Method,
     bins: Sequence[Sequence[int]],
 ) -> list[Choice]:
     """Smoothing of every group. `bins`: slots of each (provisional) bin; `weights`: method of the weight range."""
@@ -135,7 +130,11 @@ def _joint_peaks(weights: Sequence[Array]) -> Array:
 
 
 def _errors(
-    group: Group, peaks: tuple[Array, Array], activations: ActivationRecipe, weights: str, bins: Sequence[Sequence[int]]
+    group: Group,
+    peaks: tuple[Array, Array],
+    activations: ActivationRecipe,
+    weights: Method,
+    bins: Sequence[Sequence[int]],
 ) -> list[float]:
     """Relative output error ‖X̂Ŵ − XW‖² / ‖XW‖² unsmoothed, then for each alpha."""
     columns = np.concatenate(
@@ -151,7 +150,9 @@ def _errors(
         s = np.ones(len(columns), np.float32) if alpha is None else scales(known, peaks[1], alpha)
         quantized = [fake_quantize(rows / s, *quantizer(s), group.grid) for rows, quantizer in trials]
         smooth = columns * s[:, None]
-        grid = quantize_weight(smooth, weight_scale(smooth, group.qmax, None, weights), group.qmax)
+        fmt = WeightFormat("int8", 8, group.qmax)
+        scale = weight_ranges.scales(smooth, fmt, weights)
+        grid = weight_ranges.dequantize(weight_ranges.quantize(smooth, scale, fmt), scale, fmt)
         error = np.concatenate(quantized) @ grid - wanted
         found.append(float(np.square(error, dtype=np.float64).sum()) / power)
     return found
