@@ -10,7 +10,7 @@ those per-sample vectors. 5. A Mul on the tokens, its cost counted.
 A linear kept in float that reads x too gets its rows multiplied when x itself changes; any other reader forces place 5.
 
 A smoothed weight is renamed "<parameter>.smoothed-<digest of s>", which makes the pass idempotent. Places 2 and 4
-divide columns of the producer's weight: `settle` brings the plan's weight scales in line, once, before they are used.
+divide columns of the producer's weight: numbers of its quantizer are chosen from the graph this pass leaves.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from msgspec.structs import replace
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PassError, PlanError
 from vdq_export.graph import Array, Graph, Linear, Value, as_linear
-from vdq_export.passes._smoothing_edits import Insert, Scale, apply, multiply
+from vdq_export.passes._smoothing_edits import Insert, apply, multiply
 from vdq_export.passes._smoothing_places import ORDER, Search, Way
 from vdq_export.plan import QuantPlan, Smoothing
 
@@ -73,29 +72,6 @@ def run(graph: Graph, context: PassContext) -> PassReport:
         report.details.append(f"multiplied a run: {cost[5]} elements of tokens, {cost[3]} of per-sample vectors")
         graph.cleanup()
     return report
-
-
-def settle(graph: Graph, plan: QuantPlan) -> QuantPlan:
-    """`plan` with the weight scales of producers that take a fold: column n times f[n] needs scale[n] · f[n].
-
-    So their integers stay what the plan chose. Call it once, with the float graph the plan was made for; PassError on
-    one that is smoothed already.
-    """
-    names = {id(linear.matmul): linear.name for linear in graph.linears()}
-    factors: dict[str, Array] = {}
-    for group in _groups(graph, plan):
-        if _is_done(group):
-            raise PassError(f"{group.value.name} is smoothed already", hint="settle with the untouched float graph")
-        for edit in _decide(graph, group)[0].edits:
-            if isinstance(edit, Scale) and (name := names.get(id(edit.node))):
-                factors[name] = factors.get(name, np.ones(1)) * edit.factor.reshape(-1)
-    layers = list(plan.layers)
-    for index, layer in enumerate(layers):
-        if layer.weight is not None and layer.name in factors:
-            scale = tuple((np.asarray(layer.weight.scale) * factors[layer.name]).tolist())
-            why = f"{layer.weight.why}; its outputs take the smoothing of what reads them"
-            layers[index] = replace(layer, weight=replace(layer.weight, scale=scale, why=why))
-    return replace(plan, layers=tuple(layers))
 
 
 def _groups(graph: Graph, plan: QuantPlan) -> Iterator[_Group]:

@@ -12,7 +12,6 @@ from tests.smoothing_cases import (
     adaln_net,
     attention_net,
     error,
-    gated_net,
     norm_net,
     plan_for,
     smoothed,
@@ -41,8 +40,6 @@ def test_idempotent_and_deterministic(tmp_path: Path) -> None:
     assert error(graph, loaded) < EXACT
     with pytest.raises(PassError, match="other scales"):
         smoothing.run(after, PassContext(plan=plan_for(graph, seed=1)))
-    with pytest.raises(PassError, match="smoothed already"):
-        smoothing.settle(after, plan)
 
 
 def test_nothing_to_do() -> None:
@@ -74,28 +71,6 @@ def test_bad_scales(bad: float) -> None:
 def test_a_layer_the_graph_lacks() -> None:
     with pytest.raises(PlanError, match="to_v, which is no linear"):
         smoothing.run(norm_net(12, "affine"), PassContext(plan=plan_for(attention_net(12, 3))))
-
-
-# -- the plan after folds -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [lambda: attention_net(12, 3), lambda: gated_net(7, True), lambda: adaln_net(7, True)])
-def test_settled_scales_keep_the_planned_integers(make: object) -> None:
-    """The plan's grid is for s·W; a fold divides columns of W, and only settled scales give the same integers."""
-    graph: Graph = make()  # type: ignore[operator]
-    plan = plan_for(graph)
-    settled = {x.name: x for x in smoothing.settle(graph, plan).layers}
-    after, _ = smoothed(graph, plan)
-    folded = {x.name: x.weight.values for x in after.linears()}
-    changed = 0
-    for layer, linear in zip(plan.layers, graph.linears(), strict=True):
-        assert layer.weight and layer.smoothing
-        wanted = np.asarray(layer.smoothing.scale)[:, None] * linear.weight.values / np.asarray(layer.weight.scale)
-        settled_weight = settled[layer.name].weight
-        assert settled_weight is not None
-        np.testing.assert_allclose(folded[layer.name] / np.asarray(settled_weight.scale), wanted, rtol=1e-5, atol=1e-4)
-        changed += settled_weight != layer.weight
-    assert changed == 1
 
 
 # -- shapes of factors --------------------------------------------------------------------------------------------

@@ -92,8 +92,9 @@ def export(
 ) -> Bundle:
     """Compile `model` for `target` and write the bundle folder `out`; returns it opened.
 
-    tsw: timestep bins: a number, "auto" or "all"; by default the recipe's. recipe: a name, a TOML file, or a Recipe. force: replace a bundle at
-    `out`. strict: fail when a pass skipped a planned edit. choices: what make_plan() takes. Raises VdqError subclasses.
+    tsw: timestep bins: a number, "auto" or "all"; by default the recipe's. recipe: a name, a TOML file, or a Recipe.
+    force: replace a bundle at `out`. strict: fail when a pass skipped a planned edit. choices: what make_plan() takes.
+    Raises VdqError subclasses.
     """
     reporter = reporter or Reporter()
     with BundleWriter(out, force=force) as writer:  # first: a taken folder is refused before the hours of work
