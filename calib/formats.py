@@ -34,19 +34,22 @@ class WeightFormat(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerFormat:
-    """Formats of one linear; `why` says why they are not the recipe's."""
+    """Formats of one linear; `why` says why they are not the recipe's. rank: of its branch, -1: the recipe's."""
 
     activation: Grid
     weight: WeightFormat
     why: str = ""
+    rank: int = -1
 
 
 class Allocated(NamedTuple):
-    """Bits that an allocation chose for one layer."""
+    """Bits that an allocation chose for one layer; group and rank: -1 leaves the recipe's."""
 
     weights: int
     activations: int
     why: str
+    group: int = -1
+    rank: int = -1
 
 
 def check(recipe: Recipe, spec: TargetSpec) -> LayerFormat:
@@ -69,6 +72,8 @@ def check(recipe: Recipe, spec: TargetSpec) -> LayerFormat:
     if weights.grid == "int" and weights.group and weights.group not in spec.groups:
         raise _unsupported(recipe, spec, f"weight groups of {weights.group}", spec.groups)
     for rule in recipe.override:
+        if rule.group > 0 and rule.group not in spec.groups:
+            raise _unsupported(recipe, spec, f"weight groups of {rule.group} for {rule.match}", spec.groups)
         for bits, offered, what in (
             (rule.weights, spec.weight_dtype, "weights"),
             (rule.activations, spec.activation_dtype, "activations"),
@@ -103,6 +108,8 @@ def assign(
 
 def _format(linear: Linear, wish: Allocated, activations: int, recipe: Recipe, spec: TargetSpec) -> LayerFormat:
     weight, why = _weight_format(recipe, spec, wish.weights), [wish.why] if wish.why else []
+    if wish.group >= 0 and weight.grid == "int":
+        weight = weight._replace(group=wish.group)
     if weight.group and linear.shape[0] % weight.group:
         reason = f"{linear.shape[0]} channels do not divide into groups of {weight.group}"
         if weight.grid == "e2m1":
@@ -111,18 +118,23 @@ def _format(linear: Linear, wish: Allocated, activations: int, recipe: Recipe, s
         why.append(reason)
     if activations != wish.activations:
         why.append(f"{activations}-bit input for a layer beside it")
-    return LayerFormat(activation_grid(recipe, spec, activations), weight, "; ".join(why))
+    return LayerFormat(activation_grid(recipe, spec, activations), weight, "; ".join(why), wish.rank)
 
 
 def _wish(linear: Linear, recipe: Recipe, allocated: Allocated | None) -> Allocated:
     if allocated is not None:
         return allocated
-    weights, activations, why = recipe.weights.bits, recipe.activations.bits, ""
+    wish = Allocated(recipe.weights.bits, recipe.activations.bits, "")
     for rule in recipe.override:
         if fnmatchcase(linear.name, rule.match):
-            weights, activations = rule.weights or weights, rule.activations or activations  # type: ignore[assignment]
-            why = f"{rule.why} (recipe: {rule.match})"
-    return Allocated(weights, activations, why)
+            wish = Allocated(
+                weights=rule.weights or wish.weights,
+                activations=rule.activations or wish.activations,
+                why=f"{rule.why} (recipe: {rule.match})",
+                group=rule.group if rule.group >= 0 else wish.group,
+                rank=rule.rank if rule.rank >= 0 else wish.rank,
+            )
+    return wish
 
 
 def _weight_format(recipe: Recipe, spec: TargetSpec, bits: int) -> WeightFormat:

@@ -122,7 +122,7 @@ def _task(
         grid=grid,
         weights=tuple(np.asarray(m.read_weight(), np.float32) for m in members),
         formats=tuple(formats[m.name].weight for m in members),
-        ranks=tuple(ranks.get(m.name, 0) for m in members),
+        ranks=tuple(ranks.get(m.name, 0) if formats[m.name].rank < 0 else formats[m.name].rank for m in members),
         recipe=draft.recipe,
     )
 

@@ -104,12 +104,17 @@ class LowRankRecipe(_Settings, frozen=True):
 
 
 class Override(_Settings, frozen=True):
-    """Other bits for the layers that `match` (a shell pattern over module paths); 0 leaves the recipe's."""
+    """Other bits for the layers that `match` (a shell pattern over module paths); 0 leaves the recipe's.
+
+    group: input channels a weight scale; rank: of the low-rank branch; -1 leaves the recipe's.
+    """
 
     match: str
     why: str
     weights: Literal[0, 4, 6, 8, 16] = 0
     activations: Literal[0, 4, 6, 8, 16] = 0
+    group: Literal[-1, 0, 32, 64, 128] = -1
+    rank: Annotated[int, Meta(ge=-1)] = -1
 
 
 class AllocateRecipe(_Settings, frozen=True):
