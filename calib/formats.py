@@ -99,7 +99,7 @@ def assign(
     """
     formats = {}
     for members in groups.values():
-        wishes = [_wish(x, recipe, allocated.get(x.name)) for x in members]
+        wishes = [allocated.get(x.name) or asked(x.name, recipe) for x in members]
         activations = max(wish.activations for wish in wishes)
         for linear, wish in zip(members, wishes, strict=True):
             formats[linear.name] = _format(linear, wish, activations, recipe, spec)
@@ -121,12 +121,11 @@ def _format(linear: Linear, wish: Allocated, activations: int, recipe: Recipe, s
     return LayerFormat(activation_grid(recipe, spec, activations), weight, "; ".join(why), wish.rank)
 
 
-def _wish(linear: Linear, recipe: Recipe, allocated: Allocated | None) -> Allocated:
-    if allocated is not None:
-        return allocated
+def asked(layer: str, recipe: Recipe) -> Allocated:
+    """What the recipe itself asks for; of its overrides that match the last one to name a number wins."""
     wish = Allocated(recipe.weights.bits, recipe.activations.bits, "")
     for rule in recipe.override:
-        if fnmatchcase(linear.name, rule.match):
+        if fnmatchcase(layer, rule.match):
             wish = Allocated(
                 weights=rule.weights or wish.weights,
                 activations=rule.activations or wish.activations,
