@@ -25,7 +25,7 @@ def export_bundle(prepared: wan.Prepared, bins: int, out: Path | None = None) ->
         # The graph is traced already, so the module is never called.
         stand_in = wan.model(prepared.shape, torch.nn.Identity())
         planned = make_plan(
-            stand_in, target="ort-int8", tsw=bins, recipe=RECIPE, traced=graph, calibration=prepared.record
+            stand_in, target="ort-int8", tsw=bins, recipe=RECIPE, traced={"": graph}, calibration=prepared.record
         )
         finish(planned, writer)
     return place

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
                 known: dict[str, Any] = {"calibration": record} if record.exists() else {"save_calibration": record}
                 out = Path(folder) / str(number)
                 # traced once for all: passes edit their own copy
-                bundle = vdq_export.export(model, recipe=recipe, tsw=bins, out=out, traced=graph.copy(), **known)
+                bundle = vdq_export.export(model, recipe=recipe, tsw=bins, out=out, traced={"": graph.copy()}, **known)
                 count = max(clips, cases) if (recipe, bins) == MAIN else clips
                 made = bundle_clips(bundle.path, model, count, arguments.threads)
                 results.append(measure(model, bundle, reference, made, clips, cases))
@@ -92,8 +92,7 @@ def measure(
 ) -> Result:
     """clips: how many to compare one by one; the judge sees `cases`, when that many were made."""
     plan = bundle.plan
-    assert plan is not None
-    kernels, _ = count_kernels(bundle, plan)
+    kernels, _ = count_kernels(bundle)
     pairs = list(zip(reference, made, strict=False))[:clips]
     return Result(
         sample=model.name,

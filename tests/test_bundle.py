@@ -372,7 +372,7 @@ def test_the_plan_travels_with_the_bundle(tmp_path: Path) -> None:
             writer.add_graph(f"body.{one.name}", *graph(1.0))
         writer.add_file("handoff/note.txt", b"hello")
         writer.file("tables/t.bin").write_bytes(b"table")
-        made = writer.commit(source.manifest, source.schedule, PLAN, REPORT)
+        made = writer.commit(source.manifest, source.schedule, [PLAN], REPORT)
     assert (made.plan, made.report) == (PLAN, REPORT)
     assert {"handoff/note.txt", "tables/t.bin", "plan.json"} <= {entry.path for entry in made.manifest.files}
     _flip(made.path / "tables/t.bin")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests import calib_cases as cases
+from tests.planning import plan_of
 from vdq_export.calib.observe import observe
 from vdq_export.calib.record import CalibrationRecord
-from vdq_export.calib.solve import solve
 from vdq_export.errors import CalibrationError, RecipeError
 from vdq_export.graph import Graph
 from vdq_export.plan import LayerPlan, QuantPlan
@@ -39,7 +39,7 @@ def layers(plan: QuantPlan) -> dict[str, LayerPlan]:
 
 def test_plan_of_the_whole_graph(graph: Graph, record: CalibrationRecord) -> None:
     ticks: list[tuple[int, int]] = []
-    plan = solve(graph, record, recipe(), cases.SPEC, tsw=3, progress=lambda *tick: ticks.append(tick))
+    plan = plan_of(graph, record, recipe(), cases.SPEC, tsw=3, progress=lambda *tick: ticks.append(tick))
     found = layers(plan)
     assert list(found) == ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_o", "context", "time"]
     assert (plan.graph_hash, plan.target, plan.model, len(plan.bins)) == (graph.hash(), "test-int8", "still", 3)
@@ -59,13 +59,13 @@ def test_plan_of_the_whole_graph(graph: Graph, record: CalibrationRecord) -> Non
 
 def test_the_plan_is_deterministic_and_survives_json(graph: Graph, record: CalibrationRecord) -> None:
     settings = recipe(smoothing=SmoothingRecipe(kind="asq", alpha="search"), activations=ActivationRecipe(range="mse"))
-    plans = [solve(graph, record, settings, cases.SPEC, tsw="auto") for _ in range(2)]
+    plans = [plan_of(graph, record, settings, cases.SPEC, tsw="auto") for _ in range(2)]
     assert plans[0].to_json() == plans[1].to_json()
     assert QuantPlan.from_json(plans[0].to_json()) == plans[0]
 
 
 def test_ranges_and_weights_are_those_after_smoothing(graph: Graph, record: CalibrationRecord) -> None:
-    plan = solve(graph, record, recipe(smoothing=SmoothingRecipe(kind="asq", alpha=0.5)), cases.SPEC, tsw=2)
+    plan = plan_of(graph, record, recipe(smoothing=SmoothingRecipe(kind="asq", alpha=0.5)), cases.SPEC, tsw=2)
     found = layers(plan)
     q, v = found["attn.to_q"], found["attn.to_v"]
     assert q.smoothing is not None and q.smoothing == v.smoothing and q.weight is not None
@@ -94,7 +94,7 @@ def test_smoothing_brings_a_hard_layer_back() -> None:
     truth = cases.hidden(trajectories)
 
     def error(settings: Recipe) -> float:
-        plan = solve(hard, seen, settings, cases.SPEC, tsw=3)
+        plan = plan_of(hard, seen, settings, cases.SPEC, tsw=3)
         layer = layers(plan)["attn.to_q"]
         assert layer.weight is not None
         s = np.ones(cases.WIDTH) if layer.smoothing is None else np.array(layer.smoothing.scale)
@@ -118,7 +118,7 @@ def test_keep_float_by_pattern_leaves_shared_inputs_unsmoothed(graph: Graph, rec
         smoothing=SmoothingRecipe(kind="asq"),
     )
     settings = recipe(keep_float=settings.keep_float[:1], smoothing=settings.smoothing)
-    found = layers(solve(graph, record, settings, cases.SPEC))
+    found = layers(plan_of(graph, record, settings, cases.SPEC))
     assert found["attn.to_k"].keep_float == "fragile (recipe: *.to_k)" and not found["attn.to_k"].quantized
     assert found["attn.to_q"].smoothing is None
     assert found["attn.to_q"].smoothing_why == "attn.to_k, kept in float, reads the same value"
@@ -126,7 +126,7 @@ def test_keep_float_by_pattern_leaves_shared_inputs_unsmoothed(graph: Graph, rec
 
 
 def test_everything_kept_float_is_a_plan_too(graph: Graph, record: CalibrationRecord) -> None:
-    plan = solve(graph, record, recipe(keep_float=(Keep(match="*", why="test"),)), cases.SPEC, tsw="auto")
+    plan = plan_of(graph, record, recipe(keep_float=(Keep(match="*", why="test"),)), cases.SPEC, tsw="auto")
     assert not any(layer.quantized for layer in plan.layers) and len(plan.bins) == 1
 
 
@@ -137,7 +137,7 @@ def test_all_ways_to_choose_bins(
     graph: Graph, record: CalibrationRecord, tsw: Any, optimal: bool, per_branch: bool
 ) -> None:
     settings = recipe(activations=ActivationRecipe(per_branch=per_branch), smoothing=SmoothingRecipe(kind="asq"))
-    plan = solve(graph, record, settings, cases.SPEC, tsw=tsw, optimal_bins=optimal)
+    plan = plan_of(graph, record, settings, cases.SPEC, tsw=tsw, optimal_bins=optimal)
     assert {b.branch for b in plan.bins} == ({"cond", "uncond"} if per_branch else {"any"})
     assert all(len(x.activation) == len(plan.bins) for x in plan.layers if x.quantized)
 
@@ -151,12 +151,12 @@ def test_all_ways_to_choose_bins(
 )
 def test_bits_the_target_lacks(graph: Graph, record: CalibrationRecord, settings: Recipe, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        solve(graph, record, settings, cases.SPEC)
+        plan_of(graph, record, settings, cases.SPEC)
 
 
 def test_bits_choose_types_and_grids(graph: Graph, record: CalibrationRecord) -> None:
     settings = recipe(weights=WeightRecipe(bits=4), activations=ActivationRecipe(bits=6))
-    layer = layers(solve(graph, record, settings, cases.SPEC))["attn.to_q"]
+    layer = layers(plan_of(graph, record, settings, cases.SPEC))["attn.to_q"]
     assert layer.weight is not None and (layer.weight.dtype, layer.weight.qmax) == ("int4", 7)
     one = layer.activation[0]
     assert layer.activation_dtype == "uint8"
@@ -166,6 +166,6 @@ def test_bits_choose_types_and_grids(graph: Graph, record: CalibrationRecord) ->
 def test_impossible_requests(graph: Graph, record: CalibrationRecord) -> None:
     for tsw in (0, 7):
         with pytest.raises(RecipeError, match=f"--tsw {tsw}"):
-            solve(graph, record, recipe(), cases.SPEC, tsw=tsw)
+            plan_of(graph, record, recipe(), cases.SPEC, tsw=tsw)
     with pytest.raises(CalibrationError, match="another model"):
-        solve(cases.graph(cases.weights(1)), record, recipe(), cases.SPEC)
+        plan_of(cases.graph(cases.weights(1)), record, recipe(), cases.SPEC)

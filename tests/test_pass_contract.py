@@ -21,9 +21,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.calib_cases import SPEC
+from tests.planning import plan_of
 from vdq_export import ort, passes, pipeline, recipe, targets
 from vdq_export.calib.observe import observe
-from vdq_export.calib.solve import solve
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PassError
 from vdq_export.graph import Array, Graph
@@ -49,7 +49,7 @@ def canonical(traced: Graph) -> Graph:
 
 @pytest.fixture(scope="session")
 def plan(canonical: Graph, tiny: Model) -> QuantPlan:
-    return solve(canonical, observe(canonical, tiny), recipe.load("static-asq"), SPEC, tsw=2)
+    return plan_of(canonical, observe(canonical, tiny), recipe.load("static-asq"), SPEC, tsw=2)
 
 
 def order_of(name: str) -> tuple[str, ...]:

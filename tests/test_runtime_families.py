@@ -174,7 +174,7 @@ def test_changing_bins_loads_nothing(tmp_path: Path) -> None:
 def test_an_exported_model_is_one_family(tmp_path: Path, tiny: Model, traced: Graph) -> None:
     """A pass that names or orders anything by bin would cost the sharing, silently."""
     with BundleWriter(tmp_path / "out") as writer:
-        planned = make_plan(tiny, target="ort-int8", tsw=3, recipe="static-minmax", traced=traced.copy())
+        planned = make_plan(tiny, target="ort-int8", tsw=3, recipe="static-minmax", traced={"": traced.copy()})
         bundle = finish(planned, writer)
     (family,) = families.find([bundle.graph_path(index) for index in range(3)])
     assert family.bins == (0, 1, 2)

@@ -57,8 +57,8 @@ class Planned:
 
     @property
     def plans(self) -> tuple[QuantPlan, ...]:
-        """In the order of their bins."""
-        return tuple(plan for part in self.parts for plan in part.plans)
+        """In the order of their bins' numbers."""
+        return tuple(sorted((p for part in self.parts for p in part.plans), key=lambda plan: plan.bins[0].index))
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,10 @@ def quantize(
 ) -> tuple[list[PassReport], list[str]]:
     """Carry the plans out: bin-independent passes once a part, then one graph a bin into the bundle.
 
-    Returns what the passes did (of a part's bins, which are alike, the first) and the bundle path of each bin's graph.
+    Returns what the passes did (of a part's bins, which are alike, the first) and the bundle paths of the bins' graphs.
     """
     own = tuple(targets.load(planned.spec.name).PASSES)
-    reports, paths = list[PassReport](), list[str]()
+    reports, paths = list[PassReport](), dict[int, str]()
     total = sum(len(plan.bins) for plan in planned.plans)
     with reporter.stage("quantize") as advance:
         for part in planned.parts:
@@ -169,9 +169,9 @@ def quantize(
                     order = (*pipeline.PER_BIN, *own)
                     made = pipeline.run_passes(graph, order, context, dump=dump if is_first else None)
                     reports += made if is_first else []
-                    paths.append(writer.add_graph(f"body.{one.name}", *graph.skeleton()))
-                    advance(one.index + 1, total)
-    return reports, paths
+                    paths[one.index] = writer.add_graph(f"body.{one.name}", *graph.skeleton())
+                    advance(len(paths), total)
+    return reports, [paths[index] for index in sorted(paths)]
 
 
 def _plan_network(
