@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vdq_export.experts import Expert, Experts
 from vdq_export.model import Model, Step, Trajectory
 
 WIDTH, TOKENS, CALLS = 36, 45, 6
@@ -73,6 +74,12 @@ def build(seed: int = 0, **settings: Any) -> Model:
 def other() -> Model:
     """The same architecture with other weights."""
     return build(seed=1)
+
+
+def two_experts() -> Model:
+    """Two sets of weights that meet at t = 550, one of TIMESTEPS: the higher one's."""
+    experts = Experts([Expert("high", wan(0), (550.0, 1000.0)), Expert("low", wan(1), (0.0, 550.0))])
+    return Model(experts, inputs(7, 500.0), [trajectory(s) for s in range(2)], name="tiny-experts")
 
 
 def nan_weight() -> Model:

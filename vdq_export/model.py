@@ -1,9 +1,12 @@
-"""What a user brings: a module, example inputs and recorded (or sampled) trajectories."""
+"""What a user brings: a module, example inputs and recorded (or sampled) trajectories.
+
+A module may be an Experts: several networks that take turns along the denoising, by timestep, as Wan2.2's two do.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypedDict
 
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 
 from vdq_export.errors import ModelError
+from vdq_export.experts import Expert, Experts
 
 Tensors = Mapping[str, torch.Tensor]
 Denoiser = Callable[..., Any]  # a transformer: called with the module's keyword inputs, returns a tensor or a tuple
@@ -54,10 +58,12 @@ class Model:
     """A network to compile.
 
     module: any torch.nn.Module, called as module(**inputs), returning a tensor, or a tuple/list/dataclass whose first
-    entry is the output tensor. example_inputs: name -> tensor; shapes and dtypes fix the static graph.
-    trajectories: an iterable (re-iterable; a callable that returns one also serves) of lists of Steps, for calibration.
-    timestep_input: the input that carries t. sampler, judge: optional; with them `verify` compares whole clips.
-    Raises ModelError for inputs that are not tensors or weights that hold NaN or Inf.
+    entry is the output tensor; Experts for a model of several networks. example_inputs: name -> tensor; shapes and
+    dtypes fix the static graph. trajectories: an iterable (re-iterable; a callable that returns one also serves) of
+    lists of Steps, for calibration. timestep_input: the input that carries t. sampler, judge: optional; with them
+    `verify` compares whole clips.
+    Raises ModelError for inputs that are not tensors, weights that hold NaN or Inf, and Experts that look for another
+    timestep input.
     """
 
     module: torch.nn.Module
@@ -78,30 +84,91 @@ class Model:
                 f"no input named {self.timestep_input!r}",
                 hint=f"set timestep_input to one of {', '.join(self.example_inputs)}",
             )
+        if isinstance(self.module, Experts) and self.module.timestep_input != self.timestep_input:
+            raise ModelError(
+                f"the experts go by {self.module.timestep_input!r}, the model by {self.timestep_input!r}",
+                hint="give both the same timestep_input",
+            )
         self.module.eval()
         for name, tensor in self.module.state_dict().items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ModelError(f"weight {name} of {self.name} holds NaN or Inf", hint="fix the checkpoint")
 
+    @property
+    def experts(self) -> tuple[Expert, ...]:
+        """The networks of a model that has several, highest timesteps first; () for one network."""
+        return self.module.experts if isinstance(self.module, Experts) else ()
+
+    def networks(self) -> list[tuple[str, Model]]:
+        """(expert name, that network as a model of its own) each; [("", self)] for a model of one network.
+
+        An expert's model has the steps of its range for trajectories, read when they are asked for, and neither sampler
+        nor judge: no clip comes from one expert. Raises ModelError then for a step that is no expert's, and for an
+        expert that no step asks for.
+        """
+        if not isinstance(self.module, Experts):
+            return [("", self)]
+        return [
+            (
+                one.name,
+                Model(
+                    module=one.module,
+                    example_inputs=self.example_inputs,
+                    trajectories=_StepsOf(self, self.module, one.name),
+                    name=f"{self.name}/{one.name}",
+                    timestep_input=self.timestep_input,
+                    metadata=dict(self.metadata),
+                ),
+            )
+            for one in self.experts
+        ]
+
+    def limits(self, expert: str) -> tuple[float | None, float | None]:
+        """Ends (lo, hi) of an expert's range beyond which another one serves; None where none does."""
+        return self.module.limits(expert) if isinstance(self.module, Experts) else (None, None)
+
     def iter_trajectories(self) -> Iterable[Trajectory]:
         return self.trajectories() if callable(self.trajectories) else self.trajectories
 
     def weight_hash(self) -> str:
-        """sha256 over names, dtypes, shapes and bytes of the weights, and the input signature."""
+        """sha256 over names, dtypes, shapes and bytes of the weights, the input signature, and the experts' ranges."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            digest.update(
-                tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-            )
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         for name, tensor in self.example_inputs.items():
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        for one in self.experts:
+            digest.update(f"{one.name}|{one.t[0]!r}|{one.t[1]!r}|".encode())
         return digest.hexdigest()
 
     def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The network's output tensor, without gradients."""
         with torch.no_grad():
             return first_tensor(self.module(**inputs))
+
+
+class _StepsOf:
+    """The steps of `whole`'s trajectories that are `expert`'s; trajectories without one are left out."""
+
+    def __init__(self, whole: Model, experts: Experts, expert: str) -> None:
+        self._whole, self._experts, self._expert = whole, experts, expert
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        found = False
+        for number, trajectory in enumerate(self._whole.iter_trajectories()):
+            try:
+                mine = [step for step in trajectory if self._experts.serving(step["t"]).name == self._expert]
+            except ModelError as error:
+                raise ModelError(f"{self._whole.name}, trajectory {number}: {error.what}", hint=error.hint) from error
+            if mine:
+                found = True
+                yield mine
+        if not found:
+            raise ModelError(
+                f"no step of {self._whole.name}'s trajectories is expert {self._expert}'s ({self._experts.ranges()})",
+                hint="record trajectories that run through every expert's timesteps",
+            )
 
 
 def first_tensor(output: Any) -> torch.Tensor:
