@@ -1,61 +1,112 @@
 """Quantize the inputs of the planned linears with one bin's parameters.
 
-Legend: M rows, K input channels, N output channels; scale, zero_point: of this bin; s_w[N]: of the weight.
+Legend: M rows, K input channels, N output channels; scale, z: of this bin; s_w[N]: of the weight.
 
     Gemm(x[M, K], DequantizeLinear(q_w, s_w), b[N])
-      ->  Gemm(DequantizeLinear(QuantizeLinear(x)), DequantizeLinear(q_w, s_w), DequantizeLinear(q_b, scale·s_w))
+      ->  Gemm(x̂, DequantizeLinear(q_w, s_w), DequantizeLinear(q_b, scale·s_w))
+    MatMul(x[..., K], DequantizeLinear(q_w, s_w))
+      ->  MatMul(x̂, DequantizeLinear(q_w, s_w))
+    with x̂ = DequantizeLinear(QuantizeLinear(x)), or DequantizeLinear(QuantizeLinear(Clip(x)))
 
 It costs what rounding x to the plan's grid costs. q_b = round(b / (scale·s_w)) in int32 (zeros where the linear has no
-bias) is the accumulator's own grid: that lets a runtime run the three as one integer kernel with float output. Linears
-that read one value with one range share its QuantizeLinear and DequantizeLinear. Bins differ in these small constants
-only, whose names and shapes are the same in every bin.
+bias) is the accumulator's own grid: that lets a runtime run the three as one integer kernel with float output. Clip to
+[scale·(qmin − z), scale·(qmax − z)] where the grid has fewer levels than its type: its bounds are levels, so rounding
+after it is rounding and then clipping to qmin … qmax, exactly. Two precisions that a schedule switches between both
+have the Clip, so that they differ in numbers only and share a session. Linears that read one value with one range share
+all this. Bins differ in these small constants only, whose names and shapes are the same in every bin.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
-import onnx
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PlanError
 from vdq_export.graph import Array, Graph, Node, Value
 from vdq_export.match import made_by
-from vdq_export.plan import LayerPlan, Range
+from vdq_export.number_grid import numpy_type
+from vdq_export.plan import INT_RANGE, LayerPlan
 
 NAME = "qdq"
 AFTER = ("quantize_weights",)
 _INT32 = 2**31 - 1
 
 
+class _Quantizer(NamedTuple):
+    """One bin's quantizer of one value; clipped: with a Clip in front."""
+
+    scale: float
+    zero_point: int
+    dtype: str
+    bits: int
+    clipped: bool
+
+    @property
+    def bounds(self) -> tuple[np.float32, np.float32]:
+        low = INT_RANGE[self.dtype][0]
+        high = min(low + 2**self.bits - 1, INT_RANGE[self.dtype][1])
+        scale = np.float32(self.scale)
+        return scale * np.float32(low - self.zero_point), scale * np.float32(high - self.zero_point)
+
+
 def run(graph: Graph, context: PassContext) -> PassReport:
     report = PassReport(NAME)
-    if context.plan is None or context.bin is None:
+    plan = context.plan
+    if plan is None or context.bin is None:
         return report
-    gemms = {node.name: node for node in graph.nodes if node.op == "Gemm"}
-    shared: dict[tuple[int, float, int, str], Value] = {}
-    for layer in context.plan.layers:
-        if not layer.quantized:
+    place = plan.place(context.bin)
+    weights = {node.name: node for node in graph.nodes if node.op == "DequantizeLinear"}
+    shared: dict[tuple[int, _Quantizer], Value] = {}
+    for layer in plan.layers:
+        if not layer.activation:
             continue
-        gemm = gemms.get(f"{layer.name}/Gemm")
-        if gemm is None:
+        weight = weights.get(f"{layer.name}/Weight")
+        if weight is None:
             raise PlanError(f"no quantized weight for {layer.name}", hint="run quantize_weights first")
-        if made_by(gemm.inputs[0], "DequantizeLinear"):
+        node = weight.outputs[0].outputs[0]
+        if made_by(node.inputs[0], "DequantizeLinear"):
             continue
-        _apply(graph, gemm, layer, layer.activation[context.bin.index], shared)
+        quantizer = _quantizer(layer, place, switched=plan.recipe.schedule.delta is not None)
+        key = (id(node.inputs[0]), quantizer)
+        if key not in shared:
+            shared[key] = _round_trip(graph, node.inputs[0], quantizer)
+        node.inputs[0] = shared[key]
+        if node.op == "Gemm":
+            _quantize_bias(graph, node, layer, np.float32(quantizer.scale))
         report.did(layer.name)
     graph.cleanup()
     return report
 
 
-def _apply(
-    graph: Graph, gemm: Node, layer: LayerPlan, chosen: Range, shared: dict[tuple[int, float, int, str], Value]
-) -> None:
-    value = gemm.inputs[0]
-    scale = np.float32(chosen.scale)
-    key = (id(value), float(scale), chosen.zero_point, layer.activation_dtype)
-    if key not in shared:
-        shared[key] = _round_trip(graph, value, scale, chosen.zero_point, layer.activation_dtype)
-    gemm.inputs[0] = shared[key]
+def _quantizer(layer: LayerPlan, place: int, switched: bool) -> _Quantizer:
+    chosen, dtype = layer.activation[place], layer.activation_dtype
+    low, high = INT_RANGE[dtype]
+    narrow = 2**layer.activation_bits - 1 < high - low
+    return _Quantizer(chosen.scale, chosen.zero_point, dtype, layer.activation_bits, narrow or switched)
+
+
+def _round_trip(graph: Graph, value: Value, quantizer: _Quantizer) -> Value:
+    """DequantizeLinear(QuantizeLinear(value)), per tensor."""
+    base, shape = value.name.removesuffix("/Rows"), list(value.shape)
+    integer = numpy_type(quantizer.dtype)
+    if quantizer.clipped:
+        ends = zip(("lowest", "highest"), quantizer.bounds, strict=True)
+        bounds = [graph.constant(graph.fresh(f"{base}.{name}"), np.array(bound)) for name, bound in ends]
+        name = graph.fresh(f"{base}/Clip")
+        value = graph.add_node("Clip", [value, *bounds], name, dtype=np.float32, shape=shape)
+    parameters = [
+        graph.constant(graph.fresh(f"{base}.scale"), np.array(quantizer.scale, np.float32)),
+        graph.constant(graph.fresh(f"{base}.zero_point"), np.array(quantizer.zero_point, integer)),
+    ]
+    names = graph.fresh(f"{base}/Quantize"), graph.fresh(f"{base}/Dequantize")
+    q = graph.add_node("QuantizeLinear", [value, *parameters], names[0], dtype=integer, shape=shape)
+    return graph.add_node("DequantizeLinear", [q, *parameters], names[1], dtype=np.float32, shape=shape)
+
+
+def _quantize_bias(graph: Graph, gemm: Node, layer: LayerPlan, scale: np.float32) -> None:
+    """The Gemm's bias, or zeros, as int32 on the accumulator's grid."""
     weight_scale = gemm.inputs[1].inputs[0].inputs[1].values
     bias = gemm.inputs[2].values if len(gemm.inputs) > 2 else np.zeros(layer.shape[1], np.float32)
     grid = (scale * weight_scale).astype(np.float32)
@@ -70,20 +121,6 @@ def _apply(
         gemm.inputs[2] = restored
     else:
         gemm.inputs.append(restored)
-
-
-def _round_trip(graph: Graph, value: Value, scale: np.float32, zero_point: int, dtype: str) -> Value:
-    """DequantizeLinear(QuantizeLinear(value)), per tensor."""
-    integer = onnx.helper.tensor_dtype_to_np_dtype(getattr(onnx.TensorProto, dtype.upper()))
-    base = value.name.removesuffix("/Rows")
-    parameters = [
-        graph.constant(graph.fresh(f"{base}.scale"), np.array(scale, np.float32)),
-        graph.constant(graph.fresh(f"{base}.zero_point"), np.array(zero_point, integer)),
-    ]
-    shape = list(value.shape)
-    names = graph.fresh(f"{base}/Quantize"), graph.fresh(f"{base}/Dequantize")
-    q = graph.add_node("QuantizeLinear", [value, *parameters], names[0], dtype=integer, shape=shape)
-    return graph.add_node("DequantizeLinear", [q, *parameters], names[1], dtype=np.float32, shape=shape)
 
 
 def _to_int32(bias: Array, grid: Array, layer: str) -> Array:

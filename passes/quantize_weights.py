@@ -1,29 +1,34 @@
-"""Store the planned linears' weights as integers, one scale an output channel; activations stay float.
+"""Store the planned linears' weights as integers; activations stay float.
 
-Legend: rows M = product of x's leading dimensions, K input channels, N output channels.
+Legend: rows M = product of x's leading dimensions, K input channels, N output channels, g channels of a group.
 
+Where the target multiplies (activation type, weight type) in one kernel:
     Add(MatMul(x[..., K], W[K, N]), b[N])
       ->  Reshape(Gemm(Reshape(x, [M, K]), DequantizeLinear(q[K, N], scale[N], axis=1), b), [..., N])
+elsewhere, and for groups and MXFP4, whose scales no such kernel takes:
+      ->  Add(MatMul(x, DequantizeLinear(q[K, N], scale[N], axis=1)), b)
+      ->  Add(MatMul(x, DequantizeLinear(q[K, N], scale[K / g, N], axis=0, block_size=g)), b)
 
-q = clip(round(W / scale), -qmax, qmax), as the plan says. It costs what rounding costs; everything else is exact.
-Gemm, because its int32 bias is what onnxruntime's integer kernel with float output (QGemm) asks for; the Reshape of a
-value that several linears read is made once. Runs once for all bins, so that their graphs hold the same arrays. One
-layer at a time, in chunks: beside the integers, memory for a few MB of floats.
+q is what the plan's tensors hold, or the nearest level of the plan's grid. It costs what rounding costs; everything
+else is exact. Gemm, because its int32 bias is what onnxruntime's integer kernel with float output (QGemm) asks for; the
+Reshape of a value that several linears read is made once. MatMul gets a bias of zeros where it has none: onnxruntime
+then runs it in float, where it would take a MatMul alone for an integer one, block scales or not, and fail.
+Runs once for all bins, so that their graphs hold the same arrays; one layer at a time, in chunks.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import onnx
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PlanError
-from vdq_export.graph import Array, Graph, Linear, Value, release
-from vdq_export.plan import LayerPlan, WeightPlan
+from vdq_export.graph import Array, Graph, Linear, Value
+from vdq_export.number_grid import numpy_type, quantize
+from vdq_export.plan import LayerPlan, WeightPlan, tensor_name
+from vdq_export.target_spec import TargetSpec
 
 NAME = "quantize_weights"
 AFTER = ("linear",)
-_CHUNK = 1 << 19  # weights converted at a time: the intermediate floats stay in cache
 
 
 def run(graph: Graph, context: PassContext) -> PassReport:
@@ -31,37 +36,89 @@ def run(graph: Graph, context: PassContext) -> PassReport:
     if context.plan is None:
         return report
     linears = {linear.name: linear for linear in graph.linears()}
-    done = {node.name for node in graph.nodes if node.op == "Gemm"}
+    done = {node.name for node in graph.nodes if node.op == "DequantizeLinear"}
     flat: dict[int, Value] = {}
     for layer in context.plan.layers:
         if not layer.quantized:
             report.details.append(f"{layer.name} stays float: {layer.keep_float}")
         elif layer.name in linears:
-            _rewrite(graph, linears[layer.name], layer, flat)
+            linear = linears[layer.name]
+            weight = _dequantized(graph, linear, layer, context)
+            if runs_in_integers(layer, context.spec):
+                _to_gemm(graph, linear, weight, flat)
+            else:
+                _to_matmul(graph, linear, weight)
             report.did(layer.name)
-        elif f"{layer.name}/Gemm" not in done:
+        elif f"{layer.name}/Weight" not in done:
             raise PlanError(f"the plan quantizes {layer.name}, which the graph does not have")
     graph.cleanup()
     return report
 
 
-def _rewrite(graph: Graph, linear: Linear, layer: LayerPlan, flat: dict[int, Value]) -> None:
-    assert layer.weight is not None
+def runs_in_integers(layer: LayerPlan, spec: TargetSpec | None) -> bool:
+    """Has the target a kernel for what the plan gives `layer`? Without a target: one scale a channel is enough."""
+    weight = layer.weight
+    if weight is None or weight.group or weight.grid != "int" or layer.dynamic:
+        return False
+    return spec is None or (layer.activation_dtype, weight.dtype) in spec.integer
+
+
+def _dequantized(graph: Graph, linear: Linear, layer: LayerPlan, context: PassContext) -> Value:
+    """DequantizeLinear over the integers and scales of one weight."""
+    plan, path = layer.weight, linear.name
+    assert plan is not None
     if linear.shape != layer.shape:
-        raise PlanError(f"layer {layer.name} is {linear.shape} in the graph, {layer.shape} in the plan")
+        raise PlanError(f"layer {path} is {linear.shape} in the graph, {layer.shape} in the plan")
+    k, n = layer.shape
+    found = _tensor(context, path, "scale", (k // plan.group, n)) if plan.group else np.array(plan.scale)
+    scale = found.astype(np.float32)
+    q = _integers(linear, plan, scale, context)
+    operands = [graph.constant(f"{path}.weight.{plan.dtype}", q), graph.constant(f"{path}.weight.scale", scale)]
+    attrs = {"axis": 0, "block_size": plan.group} if plan.group else {"axis": 1}
+    if not plan.group:
+        # Zeros, but spelled out: onnxruntime fuses no integer kernel around a DequantizeLinear without a zero point.
+        operands.append(graph.constant(f"{path}.weight.zero_point", np.zeros(n, q.dtype)))
+    name = graph.fresh(f"{path}/Weight")
+    return graph.add_node("DequantizeLinear", operands, name, dtype=np.float32, shape=[k, n], attrs=attrs)
+
+
+def _integers(linear: Linear, plan: WeightPlan, scale: Array, context: PassContext) -> Array:
+    if not plan.codes:
+        return quantize(linear.read_weight(), scale, plan.qmax, plan.grid, plan.dtype)
+    codes = _tensor(context, linear.name, "codes", linear.shape)
+    largest = max(int(codes.max(initial=0)), -int(codes.min(initial=0)))
+    if largest > plan.qmax:
+        raise PlanError(f"layer {linear.name}: a weight of {largest} outside its grid of ±{plan.qmax}")
+    return codes.astype(numpy_type(plan.dtype), copy=False)
+
+
+def _tensor(context: PassContext, layer: str, what: str, shape: tuple[int, int]) -> Array:
+    found = context.tensors.get(tensor_name(layer, what))  # type: ignore[arg-type]  # one of its literals, see callers
+    if found is None or found.shape != shape:
+        got = "has none" if found is None else f"has {found.shape}"
+        raise PlanError(
+            f"layer {layer} needs {what} of shape {shape}, the plan {got}", hint="plan.safetensors is missing"
+        )
+    return found
+
+
+def _to_matmul(graph: Graph, linear: Linear, weight: Value) -> None:
+    linear.matmul.inputs[1] = weight
+    if linear.bias is None:
+        output, path = linear.matmul.outputs[0], linear.name
+        zeros = graph.constant(f"{path}.bias.zeros", np.zeros(linear.shape[1], np.float32))
+        name = graph.fresh(f"{path}/Add")
+        biased = graph.add_node("Add", [output, zeros], name, dtype=np.float32, shape=output.shape)
+        graph.replace_uses(output, biased, keep=biased.inputs)
+        _hand_name_over(graph, output, biased)
+
+
+def _to_gemm(graph: Graph, linear: Linear, weight: Value, flat: dict[int, Value]) -> None:
     (k, n), rows, path = linear.shape, linear.rows, linear.name
     # Not linear.value: the linear before this one may have been rewritten since, and its output with it.
     value, output = linear.matmul.inputs[0], linear.output
     if id(value) not in flat:
         flat[id(value)] = value if len(value.shape) == 2 else _reshape(graph, value, [rows, k], f"{value.name}/Rows")
-    q = graph.constant(f"{path}.weight.{layer.weight.dtype}", quantize(linear.read_weight(), layer.weight))
-    scale = graph.constant(f"{path}.weight.scale", np.array(layer.weight.scale, np.float32))
-    # Zeros, but spelled out: onnxruntime fuses no integer kernel around a DequantizeLinear without a zero point.
-    zero = graph.constant(f"{path}.weight.zero_point", np.zeros(n, q.dtype))
-    name = graph.fresh(f"{path}/Weight")
-    weight = graph.add_node(
-        "DequantizeLinear", [q, scale, zero], name, dtype=np.float32, shape=[k, n], attrs={"axis": 1}
-    )
     operands = [flat[id(value)], weight, *([linear.bias] if linear.bias is not None else [])]
     result = graph.add_node("Gemm", operands, f"{path}/Gemm", dtype=np.float32, shape=[rows, n])
     if len(output.shape) != 2:
@@ -69,28 +126,15 @@ def _rewrite(graph: Graph, linear: Linear, layer: LayerPlan, flat: dict[int, Val
     last = linear.add or linear.matmul
     last.outputs.clear()
     graph.replace_uses(output, result)
+    _hand_name_over(graph, output, result)
+
+
+def _hand_name_over(graph: Graph, output: Value, result: Value) -> None:
+    """Readers outside find the layer's output by its name."""
     if not any(output is o or result is o for o in graph.gs.outputs):
-        result.name, output.name = output.name, f"{output.name}/float"  # readers outside find it by this name
+        result.name, output.name = output.name, f"{output.name}/float"
 
 
 def _reshape(graph: Graph, value: Value, shape: list[int], name: str) -> Value:
     target = graph.constant(graph.fresh(f"{name}.shape"), np.array(shape, np.int64))
     return graph.add_node("Reshape", [value, target], graph.fresh(name), dtype=np.float32, shape=shape)
-
-
-def quantize(weight: Array, plan: WeightPlan) -> Array:
-    """q[K, N] of weight[K, N], in chunks along the axis in which the weight lies in memory."""
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(getattr(onnx.TensorProto, plan.dtype.upper()))
-    scale = np.array(plan.scale, np.float32)
-    q = np.empty(weight.shape, dtype)
-    by_column = weight.flags.f_contiguous and not weight.flags.c_contiguous
-    across, along = weight.shape if by_column else weight.shape[::-1]
-    step = max(1, _CHUNK // across)
-    for start in range(0, along, step):
-        part = (slice(None), slice(start, start + step)) if by_column else (slice(start, start + step), slice(None))
-        chunk = weight[part].T / scale[start : start + step, None] if by_column else weight[part] / scale
-        np.rint(chunk, out=chunk)
-        np.clip(chunk, -plan.qmax, plan.qmax, out=chunk)
-        q[part] = chunk.T.astype(dtype) if by_column else chunk.astype(dtype)
-    release(weight)
-    return q

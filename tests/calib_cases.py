@@ -25,6 +25,7 @@ SPEC = TargetSpec(
     activation_dtype={8: "uint8", 6: "uint8", 16: "uint16"},
     weight_dtype={8: "int8", 4: "int4"},
     weight_qmax={8: 127, 4: 7},
+    integer=(("uint8", "int8"),),
 )
 
 

@@ -14,7 +14,7 @@ from vdq_export.contract import PassContext
 from vdq_export.errors import PlanError, UnknownNameError
 from vdq_export.graph import Graph
 from vdq_export.model import Model
-from vdq_export.passes.quantize_weights import quantize
+from vdq_export.number_grid import quantize
 from vdq_export.plan import Bin, LayerPlan, QuantPlan, Range, WeightPlan
 
 TARGET = targets.load("ort-int8")
@@ -73,8 +73,7 @@ def output(graph: Graph, tiny: Model) -> np.ndarray:
 def test_quantize_is_the_plans_formula(order: str) -> None:
     weight = np.asarray(np.random.default_rng(0).normal(size=(700, 900)), np.float32, order=order)
     scale = np.random.default_rng(1).uniform(0.01, 0.04, 900).astype(np.float32)
-    plan = WeightPlan(dtype="int8", qmax=63, scale=tuple(scale.tolist()), why="test")
-    q = quantize(weight, plan)
+    q = quantize(weight, scale, 63)
     assert q.dtype == np.int8
     np.testing.assert_array_equal(q, np.clip(np.round(weight / scale), -63, 63))
     assert np.abs(q).max() == 63  # the clip was needed
