@@ -25,6 +25,7 @@ import onnx_graphsurgeon as gs
 from vdq_export.errors import PassError
 
 INLINE_BYTES = 1024  # smaller constants stay inside the .onnx file
+FOUR_BIT = ("int4", "uint4")
 Array = np.ndarray[Any, Any]
 # graphsurgeon is untyped; these names say which of its objects is meant.
 Node: TypeAlias = Any
@@ -99,7 +100,7 @@ class Graph:
         arrays: dict[str, Array] = {}
         for tensor in self.constants():
             # 4-bit constants go the same way whatever their size: graphsurgeon does not pack them.
-            if tensor.values.nbytes >= INLINE_BYTES or tensor.values.dtype.name in ("int4", "uint4"):
+            if tensor.values.nbytes >= INLINE_BYTES or tensor.values.dtype.name in FOUR_BIT:
                 arrays[tensor.name] = tensor.values
         swapped = [(t, t.values) for t in self.constants() if t.name in arrays]
         try:
@@ -317,6 +318,9 @@ def _placeholder(name: str, values: Array) -> onnx.TensorProto:
 def _map_external(tensor: onnx.TensorProto, folder: Path) -> Array:
     entries = {e.key: e.value for e in tensor.external_data}
     dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    if dtype.name in FOUR_BIT:  # two to a byte in the file, one in an array
+        unpacked: Array = onnx.numpy_helper.to_array(tensor, str(folder))
+        return unpacked
     return np.memmap(
         folder / entries["location"],
         dtype=dtype,

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from vdq_export.graph import Array, Graph
+from vdq_export.graph import FOUR_BIT, Array, Graph
 
 
 def session(
@@ -38,6 +38,10 @@ def session(
         settings.add_session_config_entry(key, value)
     if optimised_path:
         settings.optimized_model_filepath = optimised_path
+    for tensor in proto.graph.initializer:
+        if tensor.name in arrays and arrays[tensor.name].dtype.name in FOUR_BIT:
+            # onnxruntime takes no 4-bit arrays from numpy: packed into the model, half a byte each.
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(arrays.pop(tensor.name)), tensor.name))
     names = list(arrays)
     values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(arrays[n])) for n in names]
     settings.add_external_initializers(names, values)
