@@ -58,6 +58,20 @@ def test_cost_equals_brute_force(branches: tuple[str, ...]) -> None:
     assert np.isinf(cost[np.tril_indices(size, -1)]).all()
 
 
+@pytest.mark.parametrize("kind", ["smoothed", "rotated"])
+def test_cost_is_that_of_what_the_transform_leaves(kind: str) -> None:
+    """A record of the transformed rows, all of them sampled, costs the same; the bare record does not."""
+    record = drifting(5)
+    scale = np.geomspace(0.05, 20, 64).astype(np.float32)
+    transform = cases.smoothed(scale) if kind == "smoothed" else cases.rotated(64)
+    left = cases.record([cases.value_record(transform(v.linear()[1]), v.name) for v in record.values.values()])
+    watched = [Watched(v, GRID, transform) for v in record.values.values()]
+    ours = cost_table(record.steps, record.slots, range(5), watched)
+    upper = np.triu_indices(5)
+    np.testing.assert_allclose(ours[upper], table(left)[upper], rtol=1e-5)  # float32 sums in another order
+    assert np.abs(ours[upper] / table(record)[upper] - 1).max() > 0.1, "planted: without the transform"
+
+
 def test_dynamic_programming_equals_enumeration() -> None:
     cost = np.triu(np.random.default_rng(0).uniform(size=(7, 7)))
     cost[np.tril_indices(7, -1)] = np.inf
