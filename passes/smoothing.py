@@ -32,7 +32,7 @@ from vdq_export.plan import QuantPlan, Smoothing
 
 NAME = "smoothing"
 AFTER = ("linear",)
-_MARK = re.compile(r"\.smoothed-([0-9a-f]{8})(_\d+)?$")
+_MARK = re.compile(r"\.smoothed-([0-9a-f]{8})(_\d+)?(?=\.rotated-|$)")
 _PLACES = {1: "norm weight", 2: "producer's constants", 4: "modulation constants", 3: "modulation vector", 5: "tokens"}
 _ABSENT = {1: "no norm weight reaches all of it", 2: "no producer's constants reach all of it"}
 

@@ -26,6 +26,7 @@ LAYERS = {
     "vdq_export.target_spec": 1,
     "vdq_export.metrics": 1,
     "vdq_export.graph": 1,
+    "vdq_export.hadamard": 1,
     "vdq_export.number_grid": 1,
     "vdq_export.ort": 1,
     "vdq_export.contract": 1,

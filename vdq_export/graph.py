@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -50,7 +50,7 @@ class Linear:
         return (self.add or self.matmul).outputs[0]
 
     def read_weight(self) -> Array:
-        """The weight's values, not kept by the graph where they are a promise (see multiply_lazily)."""
+        """The weight's values, not kept by the graph where they are a promise (see transform_lazily)."""
         held = self.weight._values
         values: Array = held.load() if isinstance(held, gs.ir.tensor.LazyValues) else held
         return values
@@ -253,7 +253,7 @@ class Graph:
 
 
 def as_linear(node: Node) -> Linear | None:
-    """The linear whose MatMul is `node`, or None."""
+    """The linear whose MatMul is `node`, or None. Its weight has rank 2; a rotation's matrix [1, b, b] is no weight."""
     if node.op != "MatMul" or not isinstance(node.inputs[1], gs.Constant) or isinstance(node.inputs[0], gs.Constant):
         return None
     value, weight = node.inputs
@@ -285,26 +285,32 @@ def is_constant(tensor: Value) -> bool:
     return isinstance(tensor, gs.Constant)
 
 
-class _Product(gs.ir.tensor.LazyValues):  # type: ignore[misc]  # untyped there
-    """values · factor, computed when it is read."""
+class _Promise(gs.ir.tensor.LazyValues):  # type: ignore[misc]  # untyped there
+    """change(values), of the same shape and type, computed when it is read."""
 
-    def __init__(self, values: Any, factor: Array) -> None:
+    def __init__(self, values: Any, change: Callable[[Array], Array]) -> None:
         self.shape, self.dtype, self.nbytes = values.shape, np.dtype(values.dtype), values.nbytes
-        self._values, self._factor = values, factor
+        self._values, self._change = values, change
 
     def load(self) -> Array:
         values = self._values.load() if isinstance(self._values, gs.ir.tensor.LazyValues) else self._values
-        product: Array = values * self._factor.astype(values.dtype)
+        changed = self._change(values).astype(self.dtype, copy=False)
         release(values)
-        return product
+        return changed
+
+
+def transform_lazily(weight: Constant, change: Callable[[Array], Array]) -> None:
+    """change(weight), held as a promise: passes that follow read one weight at a time.
+
+    Smoothing and rotation touch every weight before any is quantized; done at once, that would double the model in
+    memory.
+    """
+    weight.values = _Promise(weight._values, change)
 
 
 def multiply_lazily(weight: Constant, factor: Array) -> None:
-    """weight · factor (broadcast), held as a promise: passes that follow read one weight at a time.
-
-    Smoothing touches every weight before any is quantized; done at once, it would double the model in memory.
-    """
-    weight.values = _Product(weight._values, factor)
+    """weight · factor (broadcast), held as a promise."""
+    transform_lazily(weight, lambda values: values * factor.astype(values.dtype))
 
 
 def _placeholder(name: str, values: Array) -> onnx.TensorProto:

@@ -21,6 +21,7 @@ CANONICAL = (
 )
 FLOAT = (  # what the plan changes without rounding; verify compares layers behind it
     "smoothing",  # before quantization: scales and ranges in the plan are those after smoothing
+    "rotation",  # after smoothing: it mixes the channels that smoothing scales
 )
 SHARED = (
     *FLOAT,
