@@ -94,12 +94,13 @@ def test_t_must_be_a_number(t: float) -> None:
         schedule(bins()).select(t)
 
 
-def test_next_bin_follows_falling_t_within_the_branch() -> None:
+def test_the_next_bin_follows_falling_t_within_the_branch_and_the_last_begins_again() -> None:
     one = schedule(bins(("cond", "uncond")))
-    assert [one.next_bin(i, "cond") for i in range(4)] == [1, 2, 3, None]
-    assert [one.next_bin(i, "uncond") for i in range(4, 8)] == [5, 6, 7, None]
+    assert [one.upcoming(i, "cond") for i in range(4)] == [[1], [2], [3], [0]]
+    assert [one.upcoming(i, "uncond") for i in range(4, 8)] == [[5], [6], [7], [4]]
     backwards = schedule(bins()[::-1])
-    assert [backwards.next_bin(i) for i in (3, 2, 1, 0)] == [2, 1, 0, None]
+    assert [backwards.upcoming(i) for i in (3, 2, 1, 0)] == [[2], [1], [0], [3]]
+    assert schedule(bins(edges=(9.0, 0.0))).upcoming(0) == []
 
 
 def test_overlaps_and_emptiness_are_refused() -> None:

@@ -55,9 +55,9 @@ class Bundle:
         except OSError as error:
             raise BundleError(f"cannot read {error.filename or root}: {error.strerror or error}") from error
         bundle = Bundle(root, manifest, schedule, plans)
-        for one in schedule.bins:
-            if manifest.file(one.graph) is None:
-                raise BundleError(f"{root / SCHEDULE}: graph {one.graph!r} is not in the bundle")
+        for graph in schedule.graphs:
+            if manifest.file(graph) is None:
+                raise BundleError(f"{root / SCHEDULE}: graph {graph!r} is not in the bundle")
         for entry in manifest.files:
             if entry.path.endswith(".onnx"):
                 _check_references(root, manifest, entry.path)

@@ -57,6 +57,16 @@ def temporal_difference_error(a: ArrayLike, b: ArrayLike) -> float:
     return float(np.abs(np.diff(x, axis=-3) - np.diff(y, axis=-3)).mean())
 
 
+def relative_change(now: ArrayLike, before: ArrayLike) -> float:
+    """‖now − before‖₁ / ‖before‖₁. Arrays of different shapes have changed infinitely, zeros to zeros not at all."""
+    x, y = np.asarray(now), np.asarray(before)
+    if x.shape != y.shape:
+        return float("inf")
+    moved = float(np.abs(np.subtract(x, y, dtype=np.result_type(x, y, np.float32))).sum(dtype=np.float64))
+    size = float(np.abs(y).sum(dtype=np.float64))
+    return moved / size if size else (0.0 if moved == 0 else float("inf"))
+
+
 def _pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if x.shape != y.shape or not x.size:

@@ -1,6 +1,7 @@
 """schedule.json: which graph runs at which denoising step.
 
 A bin holds for timesteps lo <= t < hi of one guidance branch (or of any); the highest bin of a branch also holds at hi.
+Bins of two precisions may hold for the same t: `policy` says from step to step which runs, `reuse` whether any does.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import msgspec
 
 from vdq_export.errors import ScheduleError
 from vdq_export.jsonfile import decode, encode
-from vdq_export.plan import Bin, Branch
+from vdq_export.plan import Bin, Branch, Precision, QuantPlan
+from vdq_export.policy import BOTH, CachePolicy, DeltaPolicy, PatternPolicy, Policy, StaticPolicy, parse
 
 Uncalibrated = Literal["nearest", "refuse"]
 EDGE_TOLERANCE = 1e-6  # relative: t travels as float32 between a sampler and us, the calibrated ends are float64
@@ -25,19 +27,17 @@ class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     pass
 
 
-class StaticPolicy(_Data, frozen=True, tag_field="kind", tag="static"):
-    """The bin of a call depends on its timestep, branch and expert alone."""
-
-
-Policy = StaticPolicy  # `StaticPolicy | DeltaPolicy | …` when there are more: the `kind` key already tells them apart
-
-
 class When(_Data, frozen=True):
-    """The calls a bin is for: t = (lo, hi); `expert` names one network of a model with several ("": the only one)."""
+    """The calls a bin is for: t = (lo, hi).
+
+    expert: one network of a model with several ("": the only one); t alone tells experts apart. precision: "" serves
+    calls of any.
+    """
 
     t: tuple[float, float]
     branch: Branch = "any"
     expert: str = ""
+    precision: Precision = ""
 
 
 class ScheduledBin(_Data, frozen=True):
@@ -51,12 +51,15 @@ class ScheduledBin(_Data, frozen=True):
 class Schedule(_Data, frozen=True, dict=True):
     """All bins. `sampler` is what they were calibrated for; `uncalibrated` says what a timestep outside every bin gets.
 
-    Raises ScheduleError when bins overlap, hold no timestep, or are missing altogether.
+    bits: of activations in each precision's graphs, for statistics. reuse: None when the bundle has no probe graph.
+    Raises ScheduleError when bins overlap, hold no timestep, are missing altogether, or are not what `policy` needs.
     """
 
     bins: tuple[ScheduledBin, ...]
     sampler: dict[str, Any] = {}
     policy: Policy = StaticPolicy()
+    reuse: CachePolicy | None = None
+    bits: dict[Precision, float] = {}
     uncalibrated: Uncalibrated = "nearest"
     format: Literal[1] = 1
 
@@ -67,9 +70,10 @@ class Schedule(_Data, frozen=True, dict=True):
             lo, hi = one.when.t
             if not (math.isfinite(lo) and math.isfinite(hi) and lo <= hi):
                 raise ScheduleError(f"bin {index} holds no timestep: [{lo}, {hi}]")
-        for expert in sorted({one.when.expert for one in self.bins}):
-            for branch in ("cond", "uncond"):
-                self._check_overlap(self._candidates(branch, expert))
+        for branch in ("cond", "uncond"):
+            for precision in ("", *BOTH):
+                self._check_overlap(self._candidates(branch, None, precision))
+        self._check_policy()
 
     def _check_overlap(self, candidates: Sequence[int]) -> None:
         # Two bins that start together overlap too, even when one is the single point lo == hi.
@@ -79,35 +83,112 @@ class Schedule(_Data, frozen=True, dict=True):
             if start < hi or start == lo:
                 raise ScheduleError(f"bins {left} and {right} overlap at t = {start}")
 
+    def _check_policy(self) -> None:
+        offered = {one.when.precision for one in self.bins} - {""}
+        wanted = set(self.policy.precisions)
+        if offered and wanted == {""}:
+            raise ScheduleError(
+                f"the bundle has graphs in {' and '.join(sorted(offered))} precision", hint="choose with static:low …"
+            )
+        if missing := sorted(wanted - offered - {""}):
+            raise ScheduleError(
+                f"the bundle has no graphs in {' and '.join(missing)} precision",
+                hint="export it with `schedule.delta` in the recipe to have two",
+            )
+        counting: list[PatternPolicy | CachePolicy] = []
+        if isinstance(self.policy, PatternPolicy):
+            counting.append(self.policy)
+        if self.reuse and self.reuse.threshold:
+            counting.append(self.reuse)
+            for expert in sorted({one.when.expert for one in self.bins}):
+                self.reuse.probe(expert)
+        if not self.steps and any(not one.steps for one in counting):
+            raise ScheduleError("the bins name no calibrated steps to count on", hint="add steps=… to the policy")
+
     @staticmethod
     def from_bins(
         bins: Sequence[Bin],
         graphs: Sequence[str],
         *,
-        sampler: dict[str, Any] | None = None,
-        uncalibrated: Uncalibrated = "nearest",
+        precisions: Sequence[Precision] = (),
+        **settings: Any,
     ) -> Schedule:
-        """The schedule of a plan's bins; `graphs[i]` is the bundle path of the graph of bins[i]."""
+        """The schedule of a plan's bins; `graphs[i]` is the bundle path of the graph of bins[i].
+
+        precisions: of each bin; () for bundles of one. settings: Schedule's other fields.
+        """
+        precisions = precisions or [""] * len(bins)
         if len(bins) != len(graphs):
             raise ScheduleError(f"{len(bins)} bins but {len(graphs)} graphs")
         scheduled = tuple(
-            ScheduledBin(graph=graph, when=When(t=one.t, branch=one.branch, expert=one.expert), steps=one.steps)
-            for one, graph in zip(bins, graphs, strict=True)
+            ScheduledBin(
+                graph=graph,
+                when=When(t=one.t, branch=one.branch, expert=one.expert, precision=precision),
+                steps=one.steps,
+            )
+            for one, graph, precision in zip(bins, graphs, precisions, strict=True)
         )
-        return Schedule(bins=scheduled, sampler=sampler or {}, uncalibrated=uncalibrated)
+        return Schedule(bins=scheduled, **settings)
 
-    def select(self, t: float, branch: Branch = "any", *, expert: str = "") -> int:
-        """Index of the bin for one call.
+    @staticmethod
+    def from_plans(plans: Sequence[QuantPlan], graphs: Sequence[str], **settings: Any) -> Schedule:
+        """The schedule of a bundle's plans; `graphs`: bundle paths in the order of the plans' bins, plan after plan.
+
+        Policy and bits are what the plans' recipes say; settings: Schedule's other fields.
+        """
+        bins = [(one, plan.precision) for plan in plans for one in plan.bins]
+        delta = next((d for plan in plans if plan.precision and (d := plan.recipe.schedule.delta) is not None), None)
+        policy = StaticPolicy() if delta is None else DeltaPolicy(delta=delta)
+        bits = {precision: _mean_bits([p for p in plans if p.precision == precision]) for _, precision in bins}
+        precisions = [precision for _, precision in bins]
+        return Schedule.from_bins(
+            [one for one, _ in bins],
+            graphs,
+            precisions=precisions,
+            **{"policy": policy, "bits": {p: b for p, b in bits.items() if b}, **settings},
+        )
+
+    def with_policy(self, text: str) -> Schedule:
+        """The schedule under a policy in words (see policy.parse); what `text` leaves out stays as it is.
+
+        Raises UnknownNameError or ScheduleError for words that make no policy, or none that the bundle can follow.
+        """
+        policy, cache = parse(text)
+        changed: dict[str, Any] = {} if policy is None else {"policy": policy}
+        if cache is not None:
+            probes = self.reuse.probes if self.reuse else ()
+            changed["reuse"] = msgspec.structs.replace(cache, probes=probes)
+        return msgspec.structs.replace(self, **changed)
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Bundle paths of all graphs that may be run, each once."""
+        probes = self.reuse.probes if self.reuse else ()
+        return tuple(dict.fromkeys([*(one.graph for one in self.bins), *(one.graph for one in probes)]))
+
+    @property
+    def steps(self) -> tuple[float, ...]:
+        """The calibrated timesteps, descending."""
+        return tuple(sorted({t for one in self.bins for t in one.steps}, reverse=True))
+
+    @property
+    def stateless(self) -> bool:
+        """Whether a call depends on itself alone, not on the steps before it."""
+        return isinstance(self.policy, StaticPolicy) and not (self.reuse and self.reuse.threshold)
+
+    def select(self, t: float, branch: Branch = "any", *, expert: str | None = None, precision: Precision = "") -> int:
+        """Index of the bin for one call. expert: None for whichever t belongs to.
 
         Outside every bin: the nearest one, with one warning per schedule, or ScheduleError when `uncalibrated` is
-        "refuse". Raises ScheduleError for a branch or expert without bins and for a t that is not a finite number.
+        "refuse". Raises ScheduleError for a call that no bin is for and for a t that is not a finite number.
         """
         if not math.isfinite(t):
             raise ScheduleError(f"timestep {t} is not a finite number")
-        candidates = self._candidates(branch, expert)
+        candidates = self._candidates(branch, expert, precision)
         if not candidates:
+            kind = f"branch {branch!r}" + (f" of expert {expert!r}" if expert else "")
             raise ScheduleError(
-                f"no graph for branch {branch!r}" + (f" of expert {expert!r}" if expert else ""),
+                f"no graph for {kind}" + (f" in {precision} precision" if precision else ""),
                 hint=f"the schedule has {self._offered()}; name the branch with transformer.cache_context(...)",
             )
         for index in candidates:
@@ -120,27 +201,39 @@ class Schedule(_Data, frozen=True, dict=True):
             self._outside(t, branch, nearest)
         return nearest
 
-    def next_bin(self, index: int, branch: Branch = "any", *, expert: str = "") -> int | None:
-        """The bin that follows `index` when t falls, for the same kind of call; None after the last."""
-        order = self.order(branch, expert=expert)
-        place = order.index(index) + 1 if index in order else len(order)
-        return order[place] if place < len(order) else None
+    def upcoming(self, index: int, branch: Branch = "any") -> list[int]:
+        """Bins that calls after one of bin `index` may need soon, in every precision that the policy uses.
 
-    def order(self, branch: Branch = "any", *, expert: str = "") -> list[int]:
+        These are the ones at the same t and the next ones as t falls; after the last the first, for the next clip.
+        """
+        here, found = self.bins[index].when.t, list[int]()
+        for precision in self.policy.precisions:
+            order = self.order(branch, precision=precision)
+            before = [one for one in order if self.bins[one].when.t >= here]
+            found += [*before[-1:], *(order[len(before) :] or order)[:1]]
+        return [one for one in dict.fromkeys(found) if one != index]
+
+    def order(self, branch: Branch = "any", *, expert: str | None = None, precision: Precision = "") -> list[int]:
         """Bins of one kind of call in denoising order: highest t first."""
-        return sorted(self._candidates(branch, expert), key=lambda index: self.bins[index].when.t, reverse=True)
+        found = self._candidates(branch, expert, precision)
+        return sorted(found, key=lambda index: self.bins[index].when.t, reverse=True)
 
-    def _candidates(self, branch: str, expert: str) -> list[int]:
-        whens = enumerate(one.when for one in self.bins)
-        return [i for i, when in whens if when.branch in (branch, "any") and when.expert in (expert, "")]
+    def _candidates(self, branch: str, expert: str | None, precision: str) -> list[int]:
+        return [
+            index
+            for index, when in enumerate(one.when for one in self.bins)
+            if when.branch in (branch, "any")
+            and (expert is None or when.expert in (expert, ""))
+            and when.precision in (precision, "")
+        ]
 
     def _distance(self, index: int, t: float) -> float:
         lo, hi = self.bins[index].when.t
         return max(lo - t, t - hi, 0.0)
 
     def _offered(self) -> str:
-        kinds = {one.when.branch + (f" ({one.when.expert})" if one.when.expert else "") for one in self.bins}
-        return ", ".join(sorted(kinds))
+        parts = [(one.when.branch, one.when.expert, one.when.precision) for one in self.bins]
+        return ", ".join(sorted({" ".join(word for word in part if word) for part in parts}))
 
     def _outside(self, t: float, branch: str, nearest: int) -> None:
         lo, hi = self.bins[nearest].when.t
@@ -164,3 +257,10 @@ class Schedule(_Data, frozen=True, dict=True):
     def from_json(data: bytes, origin: str = "schedule.json") -> Schedule:
         """Raises ScheduleError when `data` is not a schedule of this format."""
         return decode(data, Schedule, origin, ScheduleError)
+
+
+def _mean_bits(plans: Sequence[QuantPlan]) -> float:
+    """Activation bits of the quantized layers, weighted by their multiplications; 0 when there are none."""
+    layers = [layer for plan in plans for layer in plan.layers if layer.quantized]
+    work = [layer.rows * layer.shape[0] * layer.shape[1] for layer in layers]
+    return sum(w * layer.activation_bits for w, layer in zip(work, layers, strict=True)) / sum(work) if layers else 0.0

@@ -11,6 +11,7 @@ import msgspec
 from vdq_export.bundle import Bundle
 from vdq_export.runtime import families
 from vdq_export.runtime.engine import Engine
+from vdq_export.runtime.probes import Probes
 from vdq_export.runtime.session import SessionFactory, on_cpu
 from vdq_export.runtime.transformer import Transformer
 from vdq_export.schedule import Uncalibrated
@@ -25,6 +26,7 @@ def load(
     prefetch: bool = True,
     share: bool = True,
     uncalibrated: Uncalibrated | None = None,
+    policy: str | None = None,
     verify_hashes: bool = True,
 ) -> Transformer:
     """Open the bundle at `path` and return a drop-in for `pipe.transformer`.
@@ -32,17 +34,21 @@ def load(
     providers: onnxruntime execution providers; default: the target's. session_options: onnxruntime config entries,
     which win over the bundle's. threads: of one operator. prefetch: load the next session in the background. share:
     one session for all bins whose graphs differ in small constants only (CPU provider). uncalibrated: what a timestep
-    nobody calibrated gets ("nearest" or "refuse"); default: what the bundle says.
-    Raises BundleError when the bundle is damaged.
+    nobody calibrated gets ("nearest" or "refuse"); default: what the bundle says. policy: otherwise than the bundle
+    says, for example "delta=0.3", "static:low" or "delta=0.3+cache=0.1" (docs/schedule.md).
+    Raises BundleError when the bundle is damaged, ScheduleError or UnknownNameError for a policy it cannot follow.
     """
     bundle = Bundle.open(path, verify_hashes=verify_hashes)
     schedule = bundle.schedule
     if uncalibrated is not None:
         schedule = msgspec.structs.replace(schedule, uncalibrated=uncalibrated)
+    if policy is not None:
+        schedule = schedule.with_policy(policy)
     options = {**bundle.manifest.session, **(session_options or {})}
     chosen = providers or bundle.manifest.providers
     graphs = [bundle.graph_path(index) for index in range(len(schedule.bins))]
     # Other providers compile a graph for their device, where scales have to be constants.
     found = families.find(graphs) if share and on_cpu(chosen) else families.alone(graphs)
     factory = SessionFactory(chosen, options, threads, several=len(found) > 1)
-    return Transformer(bundle, schedule, Engine(found, schedule, factory, prefetch=prefetch))
+    probes = Probes(bundle.path, schedule.reuse, bundle.manifest.signature, factory)
+    return Transformer(bundle, schedule, Engine(found, schedule, factory, prefetch=prefetch), probes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import onnxruntime as ort
 
-from vdq_export.plan import Branch
+from vdq_export.plan import Branch, Precision
 from vdq_export.runtime.families import Array, Family
 from vdq_export.runtime.session import SessionPool
 from vdq_export.schedule import Schedule
@@ -16,9 +16,18 @@ from vdq_export.schedule import Schedule
 
 @dataclass
 class Statistics:
-    """What running cost beside the graphs: `loads` of sessions, `switches` from bin to bin, `stall_…` waits at them."""
+    """What running cost beside the graphs: `loads` of sessions, `switches` from bin to bin, `stall_…` waits at them.
+
+    Of all `steps` (docs/schedule.md), so many ran in low and in high precision, and so many did not run at all.
+    average_bits: of activations over the steps that ran; None before the first, or when the bundle does not say.
+    """
 
     calls: int = 0
+    steps: int = 0
+    low_steps: int = 0
+    high_steps: int = 0
+    reused_steps: int = 0
+    average_bits: float | None = None
     loads: int = 0
     switches: int = 0
     stall_seconds: float = 0.0
@@ -72,11 +81,29 @@ class Engine:
         with self._lock:
             self._statistics.calls += 1
 
+    def count_step(self, precision: Precision | None) -> None:
+        """precision: None for a step that reused the output of the one before."""
+        with self._lock:
+            counts = self._statistics
+            counts.steps += 1
+            counts.low_steps += precision == "low"
+            counts.high_steps += precision == "high"
+            counts.reused_steps += precision is None
+
     @property
     def statistics(self) -> Statistics:
         """A copy of the counts so far."""
         with self._lock:
-            return replace(self._statistics, loads=self._pool.loads)
+            return replace(self._statistics, loads=self._pool.loads, average_bits=self._average_bits())
+
+    def _average_bits(self) -> float | None:
+        counts, bits = self._statistics, self._schedule.bits
+        ran = counts.steps - counts.reused_steps
+        plain = ran - counts.low_steps - counts.high_steps
+        shares: list[tuple[Precision, int]] = [("low", counts.low_steps), ("high", counts.high_steps), ("", plain)]
+        if not ran or any(count and precision not in bits for precision, count in shares):
+            return None
+        return sum(bits[precision] * count for precision, count in shares if count) / ran
 
     @property
     def loaded(self) -> list[int]:
@@ -92,21 +119,16 @@ class Engine:
             before = self._current.get(branch)
             self._current[branch] = index
             wanted = {self._family_of[one] for one in self._current.values()}
-            following = [self._following(one, kind) for kind, one in self._current.items()] if self._prefetch else []
+            foreseen = [self._schedule.upcoming(one, kind) for kind, one in self._current.items() if self._prefetch]
         session, waited = self._pool.get(self._family_of[index])
         if before != index:
             with self._lock:
                 self._count(before, waited)
-            coming = {self._family_of[one] for one in following}
+            coming = {self._family_of[one] for following in foreseen for one in following}
             self._pool.keep(wanted | coming)
             for number in coming:
                 self._pool.prefetch(number)
         return session
-
-    def _following(self, index: int, branch: Branch) -> int:
-        # After the last bin the first: the next clip starts there.
-        following = self._schedule.next_bin(index, branch)
-        return self._schedule.order(branch)[0] if following is None else following
 
     def _count(self, before: int | None, waited: float) -> None:
         if before is None:

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from vdq_export.bundle import Bundle
-from vdq_export.errors import BundleError
-from vdq_export.plan import Branch
+from vdq_export.errors import BundleError, ScheduleError
+from vdq_export.plan import Branch, Precision
 from vdq_export.runtime.batching import Array, batch_of, primary, run_batched, timesteps
 from vdq_export.runtime.engine import Engine, Statistics
+from vdq_export.runtime.probes import Probes
+from vdq_export.runtime.steps import Clip
 from vdq_export.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -45,14 +47,16 @@ class Transformer:
 
     Torch tensors give a torch tensor of the first input's dtype and device, numpy arrays a numpy array. Each sample
     runs on the graph of its timestep and of the guidance branch named by cache_context(). Thread-safe; close() it.
+    A policy that looks at the steps before takes each thread's calls for one clip after another; see reset().
     """
 
-    def __init__(self, bundle: Bundle, schedule: Schedule, engine: Engine) -> None:
+    def __init__(self, bundle: Bundle, schedule: Schedule, engine: Engine, probes: Probes) -> None:
         self.bundle = bundle
         self.schedule = schedule
         self.config = Config(bundle.manifest.model.config)
         self._signature = bundle.manifest.signature
         self._engine = engine
+        self._probes = probes
         self._local = threading.local()
 
     def __call__(self, *values: Any, return_dict: bool = True, **named: Any) -> Any:
@@ -65,17 +69,19 @@ class Transformer:
         arrays = {info.name: _to_numpy(inputs[info.name], info.dtype) for info in self._signature.inputs}
         batch, name = batch_of(self._signature, arrays), self._signature.timestep
         arrays[name], per_sample = timesteps(self._signature, arrays[name], batch)
-        branch: Branch = getattr(self._local, "branch", "any")
-        chosen = {t: self.schedule.select(t, branch) for t in dict.fromkeys(per_sample)}
-
-        def run(index: int, feeds: dict[str, Array]) -> Array:
-            return self._engine.run(index, branch, feeds, self._signature.outputs[0].name)
-
-        result = _like(run_batched(self._signature, arrays, [chosen[t] for t in per_sample], run), like)
+        result = _like(self._step(arrays, per_sample), like)
         self._engine.count_call()
         return Output(result) if return_dict else (result,)
 
     forward = __call__
+
+    def reset(self) -> None:
+        """Begin a new clip on the calling thread.
+
+        A timestep above the last one does so by itself. Needed after a clip that was given up, when the next one begins
+        at its last timestep or below.
+        """
+        self._clip.reset()
 
     @contextmanager
     def cache_context(self, name: str, **_: Any) -> Iterator[None]:
@@ -124,6 +130,7 @@ class Transformer:
     def close(self) -> None:
         """Free graphs and threads; calls raise BundleError afterwards. Idempotent."""
         self._engine.close()
+        self._probes.close()
 
     def __enter__(self) -> Transformer:
         return self
@@ -132,6 +139,42 @@ class Transformer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def _clip(self) -> Clip:
+        if not hasattr(self._local, "clip"):
+            self._local.clip = Clip(self.schedule, self._engine.count_step)
+        clip: Clip = self._local.clip
+        return clip
+
+    def _step(self, arrays: dict[str, Array], per_sample: list[float]) -> Array:
+        """The output for checked inputs; per_sample: t of each."""
+        branch: Branch = getattr(self._local, "branch", "any")
+        if not self.schedule.stateless and len(set(per_sample)) > 1:
+            raise ScheduleError(
+                "samples of one call are at different timesteps, and the policy follows the steps of a clip",
+                hint='call with one timestep, or load with policy="static:high" or "static:low"',
+            )
+
+        def modulated() -> tuple[str, Array]:
+            some = self.schedule.policy.precisions[0]
+            expert = self.schedule.bins[self.schedule.select(per_sample[0], branch, precision=some)].when.expert
+            return expert, self._probes.run(expert, arrays)
+
+        clip, kind = self._clip, (branch, arrays[primary(self._signature).name].shape)
+        call = clip.begin(max(per_sample), kind, modulated)
+        result = call.output if call.output is not None else self._run(arrays, per_sample, branch, call.precision)
+        clip.finish(kind, call, result)
+        return result
+
+    def _run(self, arrays: dict[str, Array], per_sample: list[float], branch: Branch, precision: Precision) -> Array:
+        every = dict.fromkeys(per_sample)
+        chosen = {t: self.schedule.select(t, branch, precision=precision) for t in every}
+
+        def run(index: int, feeds: dict[str, Array]) -> Array:
+            return self._engine.run(index, branch, feeds, self._signature.outputs[0].name)
+
+        return run_batched(self._signature, arrays, [chosen[t] for t in per_sample], run)
 
     def _named(self, values: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
         names = [info.name for info in self._signature.inputs]
