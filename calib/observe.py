@@ -60,7 +60,7 @@ def observe(
     done = 0
     for step, total in _steps(model):
         slot = Slot(float(step["t"]), step["branch"])
-        feeds = _feeds(step, sessions[0].dtypes, slot)
+        feeds = step_feeds(step, sessions[0].dtypes, slot)
         for session in sessions:
             found = session.run(feeds, slot)
             for one in (w for w in watched if w.name in session.names):
@@ -153,7 +153,8 @@ def _steps(model: Model) -> Iterator[tuple[Step, int | None]]:
             yield step, total
 
 
-def _feeds(step: Step, types: Mapping[str, str], slot: Slot) -> dict[str, Array]:
+def step_feeds(step: Step, types: Mapping[str, str], slot: Slot) -> dict[str, Array]:
+    """A step's inputs as onnxruntime wants them; types: of the session's inputs. CalibrationError for missing ones."""
     missing, extra = sorted(types.keys() - step["inputs"].keys()), sorted(step["inputs"].keys() - types.keys())
     if missing:
         raise CalibrationError(
