@@ -119,9 +119,10 @@ def transforms_of(
     record, recipe = network.record, network.recipe
     shared = {x.value.name: x.name for x in linears if x.name in kept}
     free = [_group(record, name, members, base) for name, members in groups.items() if name not in shared]
-    choices = smoothing.choose(free, recipe.smoothing, recipe.activations, recipe.weights.range, bins)
-    smoothed = dict(zip([g.value.name for g in free], choices, strict=True))
     rotated = rotation.choose(network.graph, groups, recipe.rotation)
+    turns = [rotated[g.value.name][0] for g in free]
+    choices = smoothing.choose(free, recipe.smoothing, recipe.activations, recipe.weights.range, bins, turns)
+    smoothed = dict(zip([g.value.name for g in free], choices, strict=True))
     found = {}
     for name, members in groups.items():
         choice = smoothed.get(name) or smoothing.Choice(None, f"{shared[name]}, kept in float, reads the same value")

@@ -35,7 +35,7 @@ FOLDER = Path(__file__).parent / "goldens"
 GOLDENS: dict[str, Callable[[], onnx.ModelProto]] = {
     "transformer-1-block": lambda: transformer(1),
     "transformer-1-block-smoothed": lambda: quantized_transformer(pipeline.FLOAT),
-    "transformer-1-block-int8": lambda: quantized_transformer((*pipeline.SHARED, *pipeline.PER_BIN)),
+    "transformer-1-block-int8": lambda: quantized_transformer((*pipeline.FLOAT, *pipeline.SHARED, *pipeline.PER_BIN)),
     "quantized-linear": quantized_linear,
 }
 

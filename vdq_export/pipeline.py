@@ -19,22 +19,23 @@ CANONICAL = (
     "rms_norm",  # Div form: 16-bit Reciprocal is wrong on at least one SoC, and ORT fuses this form
     "rotary",  # last: looks through the norm to the linear whose channels it reorders
 )
-FLOAT = (  # what the plan changes without rounding; verify compares layers behind it
+FLOAT = (  # what a draft of the plan decides: weights are quantized, and layers compared, behind these
     "smoothing",  # before quantization: scales and ranges in the plan are those after smoothing
     "rotation",  # after smoothing: it mixes the channels that smoothing scales
 )
-SHARED = (
-    *FLOAT,
+SHARED = (  # on the weights, once for all bins
+    "low_rank",  # before quantization: what is left of the weight is quantized
     "quantize_weights",  # once for all bins: their graphs then hold the same arrays
 )
 PER_BIN = (
-    "qdq",  # last of the standard rewrites: targets fuse around what it inserted
+    "qdq",  # last of the standard rewrites of static targets: they fuse around what it inserted
+    "dynamic_quantize",  # the layers qdq leaves: those whose plan computes parameters at run time
 )
 
 
 def load_pass(name: str) -> ModuleType:
     """The pass module passes/NAME.py."""
-    known = (*CANONICAL, *SHARED, *PER_BIN)
+    known = (*CANONICAL, *FLOAT, *SHARED, *PER_BIN)
     try:
         return import_module(f"vdq_export.passes.{name}")
     except ModuleNotFoundError as error:
@@ -77,4 +78,4 @@ def dump_to(folder: Path, wanted: str) -> Callable[[str, Graph], None]:
     return dump
 
 
-check_order((*CANONICAL, *SHARED, *PER_BIN))
+check_order((*CANONICAL, *FLOAT, *SHARED, *PER_BIN))
