@@ -4,7 +4,7 @@ Legend: n token rows, K input channels. Ratio ρ and exponent offset o are those
 
 - token: asymmetric grid over [ρ·min(x, 0), ρ·max(x, 0)] of each row.
 - channel: the same of each channel, over the rows of one sample.
-- mx: blocks of 32 channels of a row share the scale 2^e, e = ⌊log2(ρ·max|x|)⌋ − 2 + o within −127 … 127, and round to
+- mx: blocks of 32 channels of a row share the scale 2^e, e = ⌊log2(ρ·max|x|)⌋ − 2 + o within −125 … 127, and round to
   the E2M1 numbers 0, ½, 1, 1½, 2, 3, 4, 6 (OCP Microscaling Formats 1.0). 4 … 6 · 2^e are covered, so with o = 0 and
   ρ = 1 (the standard's floor) a largest value between 6 and 8 · 2^e saturates.
 """
@@ -20,7 +20,7 @@ from vdq_export.plan import Dynamic, Range
 
 MX_BLOCK = 32
 _MX_EXPONENT = 2  # of the largest power of two among the E2M1 numbers
-_E8M0 = 127
+_E8M0 = (-125, 127)  # it has -126 and -127 too, whose half is no normal float32
 _TINY = np.float32(np.finfo(np.float32).tiny)
 
 
@@ -52,7 +52,7 @@ def _mx(rows: Array, how: Dynamic) -> Array:
     blocks = rows.reshape(len(rows), -1, MX_BLOCK)
     largest = np.abs(blocks).max(axis=2, keepdims=True) * np.float32(how.ratio)
     _, exponent = np.frexp(largest)  # largest = m · 2^exponent, ½ <= m < 1: the floor of log2 is exponent − 1
-    exponent = np.clip(exponent - 1 - _MX_EXPONENT + how.offset, -_E8M0, _E8M0)
-    half = np.maximum(np.ldexp(np.float32(0.5), exponent), _TINY)  # number_grid counts in halves
+    exponent = np.clip(exponent - 1 - _MX_EXPONENT + how.offset, *_E8M0)
+    half = np.ldexp(np.float32(0.5), exponent)  # number_grid counts in halves
     found: Array = number_grid.nearest(blocks / half, number_grid.E2M1_QMAX, "e2m1") * half
     return found.reshape(rows.shape)
