@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "benchmarks"
 RESULTS = ROOT / "benchmarks" / "results"
 FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
-PACKAGES = ("vdq-export", "torch", "diffusers", "onnx", "onnxruntime", "numpy", "nncf", "openvino")
+PACKAGES = ("vdq-export", "torch", "diffusers", "onnx", "onnxruntime", "numpy", "nncf", "openvino", "nvidia-modelopt")
 
 Task = Callable[[dict[str, Any]], dict[str, Any]]
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, column heads, rows
@@ -139,13 +139,25 @@ def plus_minus(values: Sequence[float], digits: int) -> str:
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
-def write(name: str, title: str, tables: Sequence[Table], data: Mapping[str, Any], notes: str, *, small: bool) -> None:
-    """Write the result files of benchmark `name` and print the tables. `data`: every number, unrounded."""
+def write(
+    name: str,
+    title: str,
+    tables: Sequence[Table],
+    data: Mapping[str, Any],
+    notes: str,
+    *,
+    small: bool,
+    module: str = "",
+) -> None:
+    """Write the result files of benchmark `name` and print the tables. `data`: every number, unrounded.
+
+    module: of benchmarks, that made them, where it is not called `name`.
+    """
     folder = WORK / "small" if small else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     facts = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{module or name}", *sys.argv[1:]]),
         "machine": machine(),
         "versions": {**versions(), **data.get("peer_versions", {})},
     }

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnxruntime.quantization.calibrate import CalibrationDataReader
+import onnx
+from onnxruntime.quantization.calibrate import CalibrationDataReader, CalibrationMethod
 from onnxruntime.quantization.quant_utils import QuantFormat, QuantType
 from onnxruntime.quantization.quantize import quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -37,8 +38,20 @@ def preprocess(source: Path, out: Path) -> None:
     )
 
 
-def quantize(source: Path, out: Path, calls: Sequence[dict[str, Any]] | None, ranges: Path | None = None) -> None:
-    """Quantize a preprocessed model. ranges: a file that keeps what calibration found; `calls` None uses it."""
+def quantize(
+    source: Path,
+    out: Path,
+    calls: Sequence[dict[str, Any]] | None,
+    ranges: Path | None = None,
+    *,
+    method: str = "MinMax",
+    float_nodes: Sequence[str] = (),
+) -> None:
+    """Quantize a preprocessed model. ranges: a file that keeps what calibration found; `calls` None uses it.
+
+    method: of calibration. float_nodes: left alone; named as before preprocessing, which appends to names.
+    """
+    nodes = onnx.load(source, load_external_data=False).graph.node
     quantize_static(
         source,
         out,
@@ -48,5 +61,7 @@ def quantize(source: Path, out: Path, calls: Sequence[dict[str, Any]] | None, ra
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
+        calibrate_method=CalibrationMethod[method],
+        nodes_to_exclude=[node.name for node in nodes if node.name.split("/")[0] in set(float_nodes)],
         calibration_cache_path=ranges,
     )

@@ -1,4 +1,4 @@
-"""The peers' own environment, .venv-peers: NNCF and OpenVINO pin versions of what we use, so they get their own."""
+"""The peers' own environment, .venv-peers: they pin versions of what we use, so they get their own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def python() -> Path:
     stamp = PLACE / "requirements.txt"
     wanted = REQUIREMENTS.read_text()
     if not stamp.exists() or stamp.read_text() != wanted:
-        print("installing NNCF and OpenVINO into .venv-peers", file=sys.stderr)
+        print("installing the peers into .venv-peers", file=sys.stderr)
         venv.create(PLACE, with_pip=True, clear=True)
         (PLACE / ".gitignore").write_text("*\n")
         subprocess.run([interpreter, "-m", "pip", "install", "-q", "-r", REQUIREMENTS], check=True)
