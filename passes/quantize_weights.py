@@ -18,14 +18,15 @@ Runs once for all bins, so that their graphs hold the same arrays; one layer at 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PlanError
 from vdq_export.graph import Array, Graph, Linear, Value
 from vdq_export.number_grid import numpy_type, quantize
-from vdq_export.plan import LayerPlan, WeightPlan, tensor_name
-from vdq_export.target_spec import TargetSpec
+from vdq_export.plan import IntType, LayerPlan, WeightPlan, tensor_name
 
 NAME = "quantize_weights"
 AFTER = ("linear",)
@@ -44,7 +45,7 @@ def run(graph: Graph, context: PassContext) -> PassReport:
         elif layer.name in linears:
             linear = linears[layer.name]
             weight = _dequantized(graph, linear, layer, context)
-            if runs_in_integers(layer, context.spec):
+            if runs_in_integers(layer, None if context.spec is None else context.spec.integer):
                 _to_gemm(graph, linear, weight, flat)
             else:
                 _to_matmul(graph, linear, weight)
@@ -55,12 +56,12 @@ def run(graph: Graph, context: PassContext) -> PassReport:
     return report
 
 
-def runs_in_integers(layer: LayerPlan, spec: TargetSpec | None) -> bool:
-    """Has the target a kernel for what the plan gives `layer`? Without a target: one scale a channel is enough."""
+def runs_in_integers(layer: LayerPlan, pairs: Sequence[tuple[IntType, IntType]] | None) -> bool:
+    """Is there a kernel for what the plan gives `layer`? pairs: TargetSpec.integer; None: any pair has one."""
     weight = layer.weight
     if weight is None or weight.group or weight.grid != "int" or layer.dynamic:
         return False
-    return spec is None or (layer.activation_dtype, weight.dtype) in spec.integer
+    return pairs is None or (layer.activation_dtype, weight.dtype) in pairs
 
 
 def _dequantized(graph: Graph, linear: Linear, layer: LayerPlan, context: PassContext) -> Value:

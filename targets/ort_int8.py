@@ -1,9 +1,10 @@
-"""onnxruntime on CPUs: 8-bit weights and activations in integer kernels, float where integers do not pay.
+"""onnxruntime on CPUs: static weights and activations in 8-bit integer kernels, float where integers do not pay.
 
 Linears are standard Q/DQ around Gemm with an int32 bias, which onnxruntime's CPU provider runs as QGemm (integer in,
 float out). Float parts go to its fused kernels. Instruction sets differ in one thing that matters: without a
 dot-product instruction (VNNI, ARM dot product) the u8·s8 kernels may add pairs of products in 16 bits, which saturates;
-weights then stay within ±63.
+weights then stay within ±63. Fewer bits live in the 8-bit types, at 8-bit speed; 16 bits and group scales have no
+kernel and run dequantized: exact, slower than float.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from pathlib import Path
 import onnx
 
 from vdq_export.errors import UnknownNameError
-from vdq_export.plan import QuantPlan
+from vdq_export.passes.quantize_weights import runs_in_integers
+from vdq_export.plan import IntType, QuantPlan
 from vdq_export.target_spec import Capability, TargetSpec
 
 NAME = "ort-int8"
 PASSES = ("ort_rotary", "ort_attention")
 # ISA -> largest |q| of a weight.
 WEIGHT_QMAX = {"avx512_vnni": 127, "avx_vnni": 127, "arm_dotprod": 127, "avx2": 63, "generic": 63}
+INTEGER: tuple[tuple[IntType, IntType], ...] = (("uint8", "int8"),)
 _X86_FLAGS = (("avx512_vnni", "avx512_vnni"), ("avx_vnni", "avx_vnni"), ("avx2", "avx2"))
 _INTEGER_KERNELS = {"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
 _TRIAL = "trial with onnxruntime 1.31.1, CPU provider"
@@ -46,8 +49,20 @@ TABLE = (
     Capability(subject="s8 x s8", supported=False, detail="no vector kernel on x86: 0.2-0.4x float", source=_TRIAL),
     Capability(subject="u8 x u8", supported=True, detail="exact, half the speed of u8 x s8 with VNNI", source=_TRIAL),
     Capability(
-        subject="16-bit activations, 4-bit weights", supported=False,
-        detail="run dequantized: exact, slow", source=_TRIAL,
+        subject="4- and 6-bit activations in u8, 4- and 6-bit weights in s8", supported=True,
+        detail="QGemm behind a Clip, at the speed and size of 8 bits", source=_TRIAL,
+    ),
+    Capability(
+        subject="16-bit activations or weights", supported=False,
+        detail="run dequantized: exact, 1.2-2x the time of a float Gemm", source=_TRIAL,
+    ),
+    Capability(
+        subject="weights in groups of 32, 64, 128", supported=False,
+        detail="run dequantized: exact, 1.1-1.5x the time of a float Gemm", source=_TRIAL,
+    ),
+    Capability(
+        subject="s4 weights", supported=False,
+        detail="dequantized in every run, slower than float: 4 bits are kept in s8", source=_TRIAL,
     ),
 )  # fmt: skip
 
@@ -104,9 +119,11 @@ def spec(isa: str | None = None) -> TargetSpec:
         name=NAME,
         summary="onnxruntime on CPUs, static 8-bit integer kernels",
         isa=chosen,
-        activation_dtype={8: "uint8"},
-        weight_dtype={8: "int8", 6: "int8", 4: "int8"},
-        weight_qmax={8: WEIGHT_QMAX[chosen], 6: 31, 4: 7},
+        activation_dtype={4: "uint8", 6: "uint8", 8: "uint8", 16: "uint16"},
+        weight_dtype={4: "int8", 6: "int8", 8: "int8", 16: "int16"},
+        weight_qmax={4: 7, 6: 31, 8: WEIGHT_QMAX[chosen], 16: 32767},
+        integer=INTEGER,
+        groups=(32, 64, 128),
         min_rows=2,
         isas=tuple(WEIGHT_QMAX),
         table=TABLE,
@@ -119,11 +136,11 @@ def session_options(spec: TargetSpec) -> dict[str, str]:
 
 
 def integer_layers(optimised_model: Path, plan: QuantPlan) -> dict[str, bool]:
-    """For each quantized layer of `plan`: does the graph onnxruntime optimised run it in an integer kernel?"""
+    """For each layer of `plan` that has an integer kernel: does the graph onnxruntime optimised run it there?"""
     graph = onnx.load(optimised_model, load_external_data=False).graph
     fed = {name for node in graph.node if node.op_type in _INTEGER_KERNELS for name in node.input}
     return {
         layer.name: f"{layer.name}.weight.{layer.weight.dtype}" in fed
         for layer in plan.layers
-        if layer.quantized and layer.weight is not None
+        if layer.weight is not None and runs_in_integers(layer, INTEGER)
     }
