@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from tests import calib_cases as cases
+from vdq_export import ort
 from vdq_export.calib.dynamic import quantize_rows
 from vdq_export.calib.ranges import Grid, affine, fake_quantize
-from vdq_export.plan import Dynamic, Range
+from vdq_export.graph import Graph
+from vdq_export.passes import dynamic_quantize
+from vdq_export.plan import Dynamic, LayerPlan, Range, WeightPlan
 
 Array = np.ndarray[Any, Any]
 GRID = Grid("uint8", 6)
@@ -79,3 +84,31 @@ def test_static_range_is_the_static_quantizer() -> None:
     x = np.random.default_rng(0).normal(size=(9, 7)).astype(np.float32)
     one = Range(lo=-1, hi=2, scale=3 / 63, zero_point=21, why="")
     np.testing.assert_array_equal(quantize_rows(x, one, GRID), fake_quantize(x, 3 / 63, 21, GRID))
+
+
+@pytest.mark.parametrize(
+    ("kind", "ratio", "offset"),
+    [("token", 0.7, 0), ("channel", 0.8, 0), ("mx", 1.0, 0), ("mx", 0.6, 1), ("mx", 0.9, -1)],
+)
+def test_calibration_assumes_what_the_pass_computes(kind: Any, ratio: float, offset: int) -> None:
+    """To the last bit: both are float32 and round half to even. A plan with another ratio differs."""
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(50, 64)) * np.exp(rng.normal(size=(50, 64)) * 2)).astype(np.float32)
+    x[3], x[5], x[6] = 0, 7, 4  # an empty row, one beyond 6 units, a power of two
+
+    def computed(how: Dynamic) -> Array:
+        nodes = [cases.node("Identity", ["x"], "value"), cases.node("Identity", ["value"], "y")]
+        made = onnx.helper.make_graph(nodes, "g", [cases.value("x", x.shape)], [cases.value("y", x.shape)])
+        proto = onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+        graph = Graph.from_proto(onnx.shape_inference.infer_shapes(proto), source="test")
+        (reader,) = (n for n in graph.nodes if n.outputs[0].name == "y")
+        layer = LayerPlan(
+            name="layer", value="value", rows=50, shape=(64, 4), activation_bits=6, dynamic=(how,),
+            weight=WeightPlan(dtype="int8", qmax=127, scale=(1.0,) * 4, why=""),
+        )  # fmt: skip
+        reader.inputs[0] = dynamic_quantize._quantized(graph, reader.inputs[0], how, layer)
+        return np.asarray(ort.session(graph).run(["y"], {"x": x})[0])
+
+    how = Dynamic(kind=kind, ratio=ratio, offset=offset, why="")
+    np.testing.assert_array_equal(quantize_rows(x, how, GRID), computed(how))
+    assert (quantize_rows(x, how, GRID) != computed(Dynamic(kind=kind, ratio=ratio / 2, offset=offset, why=""))).any()
