@@ -116,7 +116,7 @@ def explain(table: Table, found: Allocation, recipe: Recipe, budget: str) -> dic
     for layer in table.layers:
         chosen = found.candidates[layer.name]
         mean = layer.mean
-        usable = [i for i, one in enumerate(table.candidates) if _allowed(layer.name, one, recipe)]
+        usable = _usable(layer, table, recipe)
         why = (
             f"allocated: output error {mean[number[chosen]]:.2e}, "
             f"of {len(usable)} candidates from {mean[usable].min():.2e} to {mean[usable].max():.2e}; {budget}"
@@ -152,7 +152,7 @@ def _items(table: Table, recipe: Recipe, what: Measure) -> tuple[list[Item], flo
     items, total = [], 0
     for layer in table.layers:
         own = len(spread[layer.value]) == 1
-        usable = [i for i, one in enumerate(table.candidates) if _allowed(layer.name, one, recipe)]
+        usable = _usable(layer, table, recipe)
         least = min(table.candidates[i].weights for i in usable)
         mean = layer.mean
         choices = []
@@ -177,6 +177,15 @@ def _keys(table: Table, recipe: Recipe, value: str) -> set[int]:
             hint="one quantizer serves them: override them alike",
         )
     return common
+
+
+def _usable(layer: LayerErrors, table: Table, recipe: Recipe) -> list[int]:
+    """Numbers of the candidates a layer may take; a branch to choose must store less than the integers beside it."""
+    (k, n), found = layer.shape, []
+    for number, one in enumerate(table.candidates):
+        if _allowed(layer.name, one, recipe) and one.rank * (k + n) * FACTOR_BITS <= k * n * one.weights:
+            found.append(number)
+    return found
 
 
 def _allowed(layer: str, one: Candidate, recipe: Recipe) -> bool:

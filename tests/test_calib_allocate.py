@@ -247,11 +247,13 @@ def test_ignoring_the_scales_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_groups_and_branches_compete_with_bits() -> None:
-    candidates = tuple(Candidate(w, 8, g, r) for w in (4, 6, 8) for g in (0, 32) for r in (0, 2))
+    candidates = tuple(Candidate(w, 8, g, r) for w in (4, 6, 8) for g in (0, 32) for r in (0, 2, 9))
     made = table(NAMES, candidates)
     found = allocate.best(made, recipe(), 7.0, "size")
     assert size_of(found, made) == pytest.approx(found.cost)
     assert found.cost <= 7.0
+    richest = allocate.front(made, recipe(), "size")[-1]
+    assert {c.rank for c in richest.candidates.values()} == {2}, "rank 9 of width 64 stores more than 8 bits a weight"
 
 
 def test_bit_operations_as_budget_trade_both_sides() -> None:

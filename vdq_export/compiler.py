@@ -219,19 +219,20 @@ def _bin_count(tsw: int | str) -> Tsw:
 
 def _record(graph: Graph, model: Model, expert: str, settings: _Settings) -> CalibrationRecord:
     """Saved or made now; with experts each has a file of its own, "NAME.EXPERT.safetensors"."""
-    saved = _of_expert(settings.calibration, expert)
+    saved = record_path(settings.calibration, expert)
     if saved is not None:
         if not saved.is_file():
             raise CalibrationError(f"no calibration record at {saved}", hint="--save-calibration writes one")
         return CalibrationRecord.load(saved)  # draft() checks whose it is
     with settings.reporter.stage(f"calibrate {expert}".strip()) as advance:
         record = observe(graph, model, progress=advance)
-    if (place := _of_expert(settings.save_calibration, expert)) is not None:
+    if (place := record_path(settings.save_calibration, expert)) is not None:
         record.save(place)
     return record
 
 
-def _of_expert(path: Path | None, expert: str) -> Path | None:
+def record_path(path: Path | None, expert: str) -> Path | None:
+    """The calibration record of one expert, given the name for all of them."""
     return path if path is None or not expert else path.with_suffix(f".{expert}{path.suffix}")
 
 
