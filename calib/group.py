@@ -34,7 +34,7 @@ from vdq_export.plan import Dynamic, LowRank, Range, WeightPlan
 from vdq_export.recipe import Recipe, WeightRecipe
 
 HELD_OUT = 8
-LIGHT = 1e10  # multiply-adds below which a group is not worth a process
+LIGHT = 1e9  # multiply-adds below which a group is not worth a process
 _METHOD = {
     "minmax": "largest magnitude",
     "mse": "least squared error",

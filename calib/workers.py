@@ -65,7 +65,7 @@ class _Pool:
         is_light: Callable[[Any], bool],
     ) -> None:
         self._solve, self._tasks, self._name, self._is_light = solve, tasks, name, is_light
-        self._drawing = threading.Lock()
+        self._drawing, self._here = threading.Lock(), threading.Lock()
         self._changed = threading.Condition()
         self._drawn, self._exhausted, self._stopped = 0, False, False
         self._answers: dict[int, Any] = {}  # by number of the task: (True, result) or (False, error)
@@ -97,7 +97,8 @@ class _Pool:
                 number, task = drawn
                 try:
                     if self._is_light(task):
-                        answer = (True, self._solve(task))
+                        with self._here:
+                            answer = (True, self._solve(task))
                     else:
                         process = process or self._start()
                         answer = self._ask(process, task)
