@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vdq_export import ort
+from vdq_export import ort, probe
 from vdq_export.calib.observe import step_feeds
 from vdq_export.calib.record import Slot
 from vdq_export.errors import CalibrationError
@@ -27,6 +27,24 @@ class Changes(NamedTuple):
 
     inputs: tuple[float, ...]
     outputs: tuple[float, ...]
+
+
+class Learnt(NamedTuple):
+    """The probe graph of one network, and what its changes say about the output's: policy.Probe's coefficients."""
+
+    graph: Graph
+    coefficients: tuple[float, ...]
+
+
+def learn(graph: Graph, model: Model, *, limit: int = TRAJECTORIES, threads: int | None = None) -> Learnt:
+    """Cut the probe out of the canonical float `graph` and fit its polynomial over `model`'s trajectories.
+
+    The latent is the first input that is not the timestep. Raises PassError for a network without a modulated input,
+    CalibrationError as changes() and fit() do.
+    """
+    latent = next(name for name in model.example_inputs if name != model.timestep_input)
+    value = probe.choose(graph, model.timestep_input, latent)
+    return Learnt(probe.cut(graph, value), fit(*changes(graph, model, value, limit=limit, threads=threads)))
 
 
 def changes(

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from tests import tiny_model
 from vdq_export import ort, pipeline, probe
+from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter, signature_of
-from vdq_export.calib.step_reuse import changes, fit
+from vdq_export.calib.step_reuse import Learnt, changes, fit, learn
 from vdq_export.contract import PassContext
 from vdq_export.errors import CalibrationError, PassError
 from vdq_export.graph import Array, Graph
@@ -28,6 +29,7 @@ from vdq_export.runtime import load
 from vdq_export.schedule import Schedule
 from vdq_export.trace import OUTPUT
 
+WEIGHTS = "graphs/weights/weights.bin"
 MODULATED = "blocks.0.attn1.to_q"
 
 
@@ -131,33 +133,35 @@ def test_few_points_lower_the_degree() -> None:
 # -- in a bundle -----------------------------------------------------------------------------------------------------
 
 
-def test_a_bundle_with_its_probe_reuses_steps(canonical: Graph, tiny: Model, tmp_path: Path) -> None:
-    """A float graph stands for the integer ones; the probe's weights are in the store once."""
-    chosen = probe.choose(canonical, "timestep", "hidden_states")
-    small = probe.cut(canonical, chosen)
-    with BundleWriter(tmp_path / "out") as writer:
-        body = writer.add_graph("body.bin00", *canonical.skeleton())
-        alone = writer.file("graphs/weights/weights.bin").stat().st_size
-        made = Probe(
-            graph=writer.add_graph("probe", *small.skeleton()), coefficients=fit(*changes(canonical, tiny, chosen))
-        )
-        assert writer.file("graphs/weights/weights.bin").stat().st_size == alone
+def written(out: Path, graph: Graph, learnt: Learnt | None) -> Bundle:
+    """A bundle of one bin; a float graph stands for the integer ones."""
+    with BundleWriter(out) as writer:
+        body, probes = writer.add_graph("body.bin00", *graph.skeleton()), list[Probe]()
+        if learnt is not None:
+            path = writer.add_graph("probe", *learnt.graph.skeleton())
+            probes.append(Probe(graph=path, coefficients=learnt.coefficients))
         manifest = Manifest(
             model=ModelIdentity(name="tiny", weight_hash="0"),
             target="test",
             isa="any",
-            signature=signature_of(canonical.skeleton()[0], "timestep"),
+            signature=signature_of(graph.skeleton()[0], "timestep"),
         )
         every = Bin(index=0, t=(0.0, 1000.0), steps=tiny_model.TIMESTEPS)
-        bundle = writer.commit(
-            manifest, Schedule.from_bins([every], [body], reuse=CachePolicy(threshold=0.0, probes=(made,)))
-        )
+        reuse = CachePolicy(threshold=0.0, probes=tuple(probes))
+        return writer.commit(manifest, Schedule.from_bins([every], [body], reuse=reuse))
+
+
+def test_a_bundle_with_its_probe_reuses_steps(canonical: Graph, tiny: Model, tmp_path: Path) -> None:
+    learnt = learn(canonical, tiny)
+    bundle = written(tmp_path / "out", canonical, learnt)
+    sizes = [one.manifest.file(WEIGHTS) for one in (bundle, written(tmp_path / "bare", canonical, None))]
+    assert sizes[0] is not None and sizes[0] == sizes[1]  # its weights are those of the body, stored once
     calls: list[dict[str, Any]] = [
         {name: tensor.numpy() for name, tensor in step["inputs"].items()} for step in tiny_model.trajectory(0)[::2]
     ]
     feeds = [{name: call[name] for name in ("hidden_states", "timestep")} for call in calls]
-    values = [ort.run(small, one)[chosen] for one in feeds]
-    moved = [np.polyval(made.coefficients, relative_change(b, a)) for a, b in pairwise(values)]
+    values = [next(iter(ort.run(learnt.graph, one).values())) for one in feeds]
+    moved = [np.polyval(learnt.coefficients, relative_change(b, a)) for a, b in pairwise(values)]
     threshold = 1.1 * moved[0]  # the second step is reused, and another one adds to it
     with load(bundle.path, threads=1) as plain, load(bundle.path, threads=1, policy=f"cache={threshold}") as cached:
         exact = [plain(**call).sample for call in calls]
