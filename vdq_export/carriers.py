@@ -2,9 +2,9 @@
 
     (P · (x·W + b)) · H = P · (x·(W·H) + b·H)         H acts on blocks of b channels, P (attention) on the tokens
 
-Rotating all blocks alike commutes with everything that only moves whole blocks. Followed upwards from the value: layout
-ops (Reshape, Transpose …), Split and Concat of tokens, the right operand of a MatMul, up to the linears. What else
-reads a value on the way must want the same rotation: streams that meet in one attention are decided together.
+Rotating all blocks alike commutes with everything that only moves whole blocks. Followed upwards from the value:
+layout ops (Reshape, Transpose …), Split, Slice and Concat of tokens, the right operand of a MatMul, up to the linears.
+What else reads a value on the way must want the same rotation: streams that meet in one attention are decided together.
 
 Where blocks lie needs one number: channels 0 … b−1 of a block stand `stride` elements apart in the flattened value.
 Reshape leaves it alone; the other ops need each block to lie within one dimension.
@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from math import prod
 
 from vdq_export.graph import Graph, Linear, Node, Value, as_linear, is_constant
+from vdq_export.match import integers
 
 _REGROUP = ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
-_LAYOUT = (*_REGROUP, "Transpose", "Split", "Concat")
+_LAYOUT = (*_REGROUP, "Transpose", "Split", "Slice", "Concat")
 _Edge = tuple[int, int, int, int]  # node, operand, block, stride
 
 
@@ -109,7 +110,7 @@ def _operands(node: Node, value: Value, axis: int, stride: int, way: _Way) -> li
         raise _Refused(f"{node.name} ({node.op}) does not commute with a rotation of the channels")
     if node.op in _REGROUP:
         return [(0, stride)]
-    if axis < 0 or (node.op in ("Split", "Concat") and node.attrs.get("axis", 0) % len(value.shape) == axis):
+    if axis < 0 or axis in _cut(node, len(value.shape)):
         raise _Refused(f"{node.name} ({node.op}) divides blocks of {way.block} channels")
     if node.op == "MatMul":
         if axis != len(value.shape) - 1 or is_constant(node.inputs[1]) or len(node.inputs[1].shape) < 2:
@@ -118,10 +119,20 @@ def _operands(node: Node, value: Value, axis: int, stride: int, way: _Way) -> li
     if node.op == "Transpose":
         source = node.attrs.get("perm", list(range(len(value.shape)))[::-1])[axis]
         return [(0, moved(node.inputs[0], source))]
-    if node.op == "Split":
+    if node.op in ("Split", "Slice"):
         way.values += [(part, moved(part, axis)) for part in node.outputs if part is not value]
         return [(0, moved(node.inputs[0], axis))]
     return [(index, moved(part, axis)) for index, part in enumerate(node.inputs)]
+
+
+def _cut(node: Node, rank: int) -> list[int]:
+    """Dimensions that `node` divides or joins; all where that is not known."""
+    if node.op in ("Split", "Concat"):
+        return [node.attrs.get("axis", 0) % rank]
+    if node.op != "Slice":
+        return []
+    axes = integers(node.inputs[3]) if len(node.inputs) > 3 else None
+    return list(range(rank)) if axes is None else [axis % rank for axis in axes]
 
 
 def _axis(value: Value, stride: int, block: int) -> int:
