@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from vdq_export import pipeline
+from vdq_export import ort, pipeline, targets
 from vdq_export.contract import PassContext
 from vdq_export.graph import Array, Graph
 from vdq_export.number_grid import dequantize
@@ -114,6 +115,10 @@ class Case:
         graph = self.graph
         pipeline.run_passes(graph, ("quantize_weights", *pipeline.PER_BIN), self.context(spec))
         return graph
+
+    def run(self, graph: Graph, spec: TargetSpec, outputs: Sequence[str] = ()) -> dict[str, Array]:
+        """Outputs and the inner values named, in a session as the target wants it."""
+        return ort.run(graph, {"in": self.x}, outputs, options=targets.load(spec.name).session_options(spec))
 
     def x_hat(self) -> Array:
         """Δ·(clip(round(x / Δ) + z, qmin, qmin + 2^bits − 1) − z), float64; the quotient in float32 as ONNX has it."""

@@ -17,6 +17,7 @@ from vdq_export import ort, pipeline, targets
 from vdq_export.errors import PlanError
 from vdq_export.graph import Graph
 from vdq_export.plan import WeightPlan
+from vdq_export.target_spec import TargetSpec
 
 ORT, REFERENCE = (targets.load(name).spec() for name in ("ort-int8", "reference"))
 ACTIVATIONS = [("uint8", 4), ("uint8", 6), ("uint8", 8), ("uint16", 16)]
@@ -33,9 +34,9 @@ WEIGHTS = {
 }
 
 
-def errors(case: Case, graph: Graph, integer: bool) -> dict[str, float]:
+def errors(case: Case, graph: Graph, integer: bool, spec: TargetSpec = ORT) -> dict[str, float]:
     """Largest error of each output, in tolerances: above 1 is wrong."""
-    got, x_hat = ort.run(graph, {"in": case.x}), case.x_hat()
+    got, x_hat = case.run(graph, spec), case.x_hat()
     expected = case.expected(x_hat)
     return {
         name: float((np.abs(got[out] - expected[out]) / case.tolerance(x_hat, name, integer)).max())
@@ -67,7 +68,7 @@ def test_outputs_are_the_definitions(
     assert ("Gemm" in {node.op for node in graph.nodes}) == integer
     clips = sum(node.op == "Clip" for node in graph.nodes)
     assert clips == (activation[1] in (4, 6) or delta is not None), "one for both linears, where it is needed"
-    found = errors(case, graph, integer)
+    found = errors(case, graph, integer, spec)
     assert max(found.values()) <= 1, found
 
 
@@ -77,7 +78,7 @@ def test_outputs_are_the_definitions(
 def test_odd_widths(activation: Any, k: int, leading: tuple[int, ...]) -> None:
     for spec, integer in ((ORT, activation[0] == "uint8"), (REFERENCE, False)):
         case = Case(INT8, activation, (*leading, k), 5, seed=k)
-        found = errors(case, case.quantized(spec), integer)
+        found = errors(case, case.quantized(spec), integer, spec)
         assert max(found.values()) <= 1, found
 
 
@@ -125,7 +126,7 @@ def test_planted_faults_are_caught(name: str, fault: str) -> None:
     case = Case(WEIGHTS["groups of 32"] if fault == "shifted group" else INT8, ("uint8", 4), seed=1)
     graph = case.quantized(spec)
     integer = name == "ort-int8" and fault != "shifted group"
-    assert max(errors(case, graph, integer).values()) <= 1
+    assert max(errors(case, graph, integer, spec).values()) <= 1
     constants = {c.name: c for c in graph.constants()}
     scale, step = constants["second.weight.scale"], np.float32(case.range.scale)
     if fault == "swapped scale":
@@ -138,7 +139,7 @@ def test_planted_faults_are_caught(name: str, fault: str) -> None:
     else:
         bound = constants[f"x.{fault.removeprefix('wrong ')}"]
         bound.values = bound.values + step  # below the lowest level the type itself saturates
-    assert max(errors(case, graph, integer).values()) > 100
+    assert max(errors(case, graph, integer, spec).values()) > 100
 
 
 def test_a_matmul_without_a_bias_gets_one() -> None:

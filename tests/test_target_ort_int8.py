@@ -15,7 +15,7 @@ from vdq_export.errors import PlanError, UnknownNameError
 from vdq_export.graph import Graph
 from vdq_export.model import Model
 from vdq_export.number_grid import quantize
-from vdq_export.plan import Bin, LayerPlan, QuantPlan, Range, WeightPlan
+from vdq_export.plan import INT_RANGE, Bin, LayerPlan, QuantPlan, Range, WeightPlan
 
 TARGET = targets.load("ort-int8")
 BINS = (Bin(index=0, t=(0.0, 500.0), steps=(250.0,)), Bin(index=1, t=(500.0, 1000.0), steps=(750.0,)))
@@ -184,3 +184,23 @@ def test_isa_decides_how_large_weights_may_be() -> None:
     assert TARGET.spec().isa == TARGET.detect_isa()
     with pytest.raises(UnknownNameError, match="avx512_vnni"):
         TARGET.spec("avx512_vni")
+    assert targets.load("reference").spec("any").isa == "any"
+    with pytest.raises(UnknownNameError, match="any"):
+        targets.load("reference").spec("avx2")
+
+
+@pytest.mark.parametrize("name", sorted(targets.catalogue()))
+def test_tables_are_consistent(name: str) -> None:
+    """Each number of bits fits its type, has a limit that fits it too, and every row says how it is known."""
+    spec = targets.load(name).spec()
+    assert spec.name == name and spec.isa in spec.isas and spec.summary
+    for bits, dtype in (*spec.activation_dtype.items(), *spec.weight_dtype.items()):
+        low, high = INT_RANGE[dtype]
+        assert 2**bits - 1 <= high - low, (bits, dtype)
+    assert spec.weight_dtype.keys() == spec.weight_qmax.keys()
+    for bits, qmax in spec.weight_qmax.items():
+        assert qmax <= min(2 ** (bits - 1) - 1, INT_RANGE[spec.weight_dtype[bits]][1])
+    for pair in spec.integer:
+        assert set(pair) <= {*spec.activation_dtype.values(), *spec.weight_dtype.values()}
+    assert spec.table and all(row.subject and row.detail and row.source for row in spec.table)
+    assert {row.supported for row in spec.table} == {True, False}, "a table says what is not supported, too"
