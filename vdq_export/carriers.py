@@ -104,7 +104,7 @@ def _operands(node: Node, value: Value, axis: int, stride: int, way: _Way) -> li
     """Operands of `node` to rotate, each with the stride of its blocks."""
 
     def moved(other: Value, to: int) -> int:
-        return stride // prod(value.shape[axis + 1 :]) * int(prod(other.shape[to + 1 :]))
+        return stride // int(prod(value.shape[axis + 1 :])) * int(prod(other.shape[to + 1 :]))
 
     if node.op not in (*_LAYOUT, "MatMul") or any(t.shape is None for t in node.inputs):
         raise _Refused(f"{node.name} ({node.op}) does not commute with a rotation of the channels")

@@ -65,7 +65,7 @@ def rotate(x: Array, block: int) -> Array:
     """x[..., K] · blockdiag(H, …, H) with K / block equal blocks. float32 in, float32 out."""
     left, right = factors(block)
     p, q = len(left), len(right)
-    turned = np.ascontiguousarray(x).reshape(-1, q) @ right.astype(x.dtype, copy=False)
+    turned: Array = np.ascontiguousarray(x).reshape(-1, q) @ right.astype(x.dtype, copy=False)
     if p > 1:
         turned = left.T.astype(x.dtype, copy=False) @ turned.reshape(-1, p, q)
     return turned.reshape(x.shape)
