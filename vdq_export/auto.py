@@ -147,11 +147,14 @@ def search(
     base: str | Recipe = BASE,
     calibration: Path | None = None,
     save_calibration: Path | None = None,
+    traced: Mapping[str, Graph] | None = None,
     clips: int = 2,
     reporter: Reporter | None = None,
     **choices: Any,
 ) -> Found:
-    """The recipe that meets `budget` on `target`. choices: optimal_bins, workers, as make_plan() takes them.
+    """The recipe that meets `budget` on `target`; what it does not name is as make_plan() takes it.
+
+    base: what the recipe starts from. clips: how many are compared for a `quality` budget, given a sampler.
 
     Raises RecipeError for a budget that is none or cannot be met, naming the best that can.
     """
@@ -168,7 +171,7 @@ def search(
         network = calibrated(model) if wants_held_out else model
         partial = network is not model  # a record of some trajectories is nothing to keep
         record = calibration or (None if partial else save_calibration) or Path(folder) / "record.safetensors"
-        traced = {expert: trace(one) for expert, one in network.networks()}
+        traced = traced or {expert: trace(one) for expert, one in network.networks()}
         experts = [expert for expert in traced if expert]
         table = measure_all(network, start, offered, record, calibration is None, traced, choices, reporter)
         points = [Point(one) for one in allocate.front(table, start, wanted.measure, POINTS)]
