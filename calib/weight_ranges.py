@@ -8,7 +8,8 @@ Legend: K input channels, N output channels, G = K / group; a *cell* is what sha
   output channel, narrows both bounds independently and keeps the pair of least ‖w − ŵ‖². Our grids are symmetric,
   because weights with a zero point a channel are what SoC compilers refuse; there a pair (lo, hi) has the step
   max(−lo, hi) / qmax whatever its smaller side is, and clipping that side alone could only add error: the pairs are one
-  bound. It is searched from the full one down to a tenth, then three times around the best.
+  bound. It is searched from the full one down to a tenth, then three times around the best. What the zero point would
+  be worth: at 4 bits its 16 levels have 9 % (digits) or 20 % (digits-hard) less error than our 15 symmetric ones.
 - e2m1: scales are powers of two. minmax takes the smallest that covers the cell (the exponent's ceiling: its floor,
   the standard's choice, saturates above 6 of its units); the others take the least error of floor − 1 … floor + 1.
 
