@@ -22,6 +22,9 @@ goldens: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 
+bench-fidelity: $(READY)
+	$(BIN)/python -m benchmarks.fidelity
+
 clean:
 	rm -rf .venv build dist demo vdq_export.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -30,4 +33,4 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools --editable ".[dev]"
 	touch $(READY)
 
-.PHONY: demo test lint goldens bench clean
+.PHONY: demo test lint goldens bench bench-fidelity clean

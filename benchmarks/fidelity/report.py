@@ -9,8 +9,9 @@ from typing import Any
 
 from benchmarks import common
 from benchmarks.common import mean_error, plus_minus
+from benchmarks.fidelity import targets
 from benchmarks.fidelity.notes import why
-from benchmarks.fidelity.rows import Row, Table
+from benchmarks.fidelity.rows import TABLES, Row, Table
 from benchmarks.fidelity.run import Plan, error_file
 from benchmarks.fidelity.setting import Setting
 from benchmarks.fidelity.units import Measured, load
@@ -20,7 +21,9 @@ Found = Mapping[str, list[Measured]]  # row label -> one entry a seed
 
 
 def write_tables(plan: Plan, samples: Sequence[str], seeds: int) -> None:
+    """One pair of result files a table; with all tables also what they have to show."""
     settings = {sample: [Setting(sample, seed, plan.calibration) for seed in range(seeds)] for sample in samples}
+    measured: dict[str, dict[str, Found]] = {}
     for table in plan.chosen():
         tables: list[common.Table] = []
         data: dict[str, Any] = {"source": table.source, "rows": {}}
@@ -33,6 +36,7 @@ def write_tables(plan: Plan, samples: Sequence[str], seeds: int) -> None:
             tables.append((sample, *_body(table, sample, found, errors, seeds)))
             texts += _order(table, sample, found)
             data["rows"][sample] = {label: [asdict(one) for one in many] for label, many in found.items()}
+            measured.setdefault(table.name, {})[sample] = found
         commits = sorted({one["commit"] for rows in data["rows"].values() for many in rows.values() for one in many})
         texts.append(f"Commits measured at: {', '.join(commits)}.")
         data |= {"seeds": seeds, "clips": plan.clips, "judged": plan.judged, "calibration": plan.calibration}
@@ -40,6 +44,18 @@ def write_tables(plan: Plan, samples: Sequence[str], seeds: int) -> None:
         name = f"fidelity-{table.name}"
         notes = "\n\n".join(texts)
         common.write(name, table.title, tables, data, notes, small=plan.partial, module="fidelity")
+    if len(plan.tables) == len(TABLES):
+        _write_targets(plan, measured)
+
+
+def _write_targets(plan: Plan, measured: Mapping[str, Mapping[str, Found]]) -> None:
+    found = targets.checks(targets.Results(TABLES, measured))
+    data = {"checks": [one._asdict() for one in found]}
+    notes = "PSNR: means over seeds, as in the tables. Comparisons are paired by seed and allow one standard error."
+    rows = [one.cells for one in found]
+    common.write(
+        "fidelity-targets", "Targets", [("", targets.HEADS, rows)], data, notes, small=plan.partial, module="fidelity"
+    )
 
 
 def _collect(plan: Plan, table: Table, settings: Sequence[Setting]) -> tuple[dict[str, list[Measured]], dict[str, str]]:
@@ -64,7 +80,7 @@ def _collect(plan: Plan, table: Table, settings: Sequence[Setting]) -> tuple[dic
 def _body(
     table: Table, sample: str, found: Found, errors: Mapping[str, str], seeds: int
 ) -> tuple[list[str], list[list[str]]]:
-    policies = any(one.runtime.get("bits") for many in found.values() for one in many)
+    policies = any(one.policy for many in found.values() for one in many)
     heads = ["row", "PSNR dB", "SSIM", "temporal error ×1000", *(f"{name} %" for name in JUDGED), "MB"]
     heads += ["bits", "computed %"] if policies else []
     rows = []
@@ -94,12 +110,14 @@ def _numbers(many: Sequence[Measured]) -> list[str]:
 
 
 def _bits(many: Sequence[Measured]) -> str:
-    return f"{mean_error([one.runtime['bits'] for one in many])[0]:.2f}" if "bits" in many[0].runtime else ""
+    bits = [one.runtime["average_bits"] for one in many if "average_bits" in one.runtime]
+    return f"{mean_error(bits)[0]:.2f}" if bits else ""
 
 
 def _computed(many: Sequence[Measured]) -> str:
-    share = [100 * one.runtime.get("computed", 1.0) for one in many]
-    return f"{mean_error(share)[0]:.0f}"
+    """Percentage of the steps that ran instead of reusing an output."""
+    shares = [1 - one.runtime["reused_steps"] / one.runtime["steps"] for one in many if one.runtime.get("steps")]
+    return f"{100 * mean_error(shares)[0]:.0f}" if shares else ""
 
 
 def _note(table: Table, row: Row, sample: str, found: Found, seeds: int) -> str:

@@ -15,9 +15,9 @@ class Row:
 
     recipe: a name; settings: what is changed of it, as the tables of a recipe file, lists replaced. tsw, optimal:
     timestep bins (None: the recipe's) and how their edges are chosen. policy: what the runtime is told to do from step
-    to step; `{share}` in it is the share of high-precision steps that the row `share_of` had. peer: a name of
-    peers.PEERS instead of a recipe. base: label of the row this one adds a method to: below it, the table must say why.
-    many: the judge sees more clips.
+    to step; in it `{share}` is the share of high-precision steps that the row `share_of` had, `{seed}` the seed. peer:
+    a name of peers.PEERS instead of a recipe. base: label of the row this one adds a method to: below it, the table
+    must say why. many: the judge sees more clips.
     """
 
     label: str
@@ -156,20 +156,24 @@ PATTERNS = {"STP": "low first half", "ITP": "high first half", "ABS": "alternati
 
 
 def _switching() -> tuple[Row, ...]:
-    def row(label: str, policy: str, **more: Any) -> Row:
-        return Row(label, "dvd-w4a6", target="reference", policy=policy, **more)
+    """All of one bundle, which can reuse steps; the policy says whether it does."""
 
+    def row(label: str, policy: str, cache: float = 0, **more: Any) -> Row:
+        reuse = {"schedule": {"cache": 0.1}}
+        return Row(label, "dvd-w4a6", reuse, "reference", policy=f"{policy}+cache={cache:g}", **more)
+
+    low = "low bits only (δ = ∞)"
+    spent = dict.fromkeys(PATTERNS, "share={share}") | {"SBA": "share={share},seed={seed}"}
     return (
-        row("low bits only (δ = ∞)", "delta=inf"),
-        *(row(f"δ = {delta}", f"delta={delta}", base="low bits only (δ = ∞)") for delta in reversed(DELTAS)),
-        row("high bits only (δ = 0)", "delta=0", base="low bits only (δ = ∞)"),
+        row(low, "delta=inf"),
+        *(row(f"δ = {delta}", f"delta={delta}", base=low) for delta in reversed(DELTAS)),
+        row("high bits only (δ = 0)", "delta=0", base=low),
         *(
-            row(f"{name} ({what}), bits of {GBS}", f"pattern={name.lower()},share={{share}}", share_of=GBS)
+            row(f"{name} ({what}), bits of {GBS}", f"pattern={name.lower()},{spent[name]}", share_of=GBS, base=low)
             for name, what in PATTERNS.items()
         ),
-        row(f"{GBS}, reuse 0.05", "delta=0.1,cache=0.05"),
-        row(f"{GBS}, reuse 0.1", "delta=0.1,cache=0.1"),
-        row("high bits only, reuse 0.05", "delta=0,cache=0.05"),
+        *(row(f"{GBS}, reuse {cache:g}", f"delta={GBS[4:]}", cache) for cache in (0.05, 0.1, 0.2)),
+        *(row(f"high bits only, reuse {cache:g}", "delta=0", cache) for cache in (0.05, 0.1, 0.2)),
     )
 
 

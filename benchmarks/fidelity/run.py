@@ -38,7 +38,7 @@ class Plan:
             found = load(unit) if unit else None
             if found is None:
                 return None
-            policy = policy.format(share=found.high_share)
+            policy = policy.format(share=found.high_share, seed=setting.seed)
         return Unit(row, setting, self.clips, self.judged if row.many else self.clips, policy)
 
 
@@ -107,4 +107,4 @@ def _in_turn(plan: Plan, setting: Setting) -> Sequence[tuple[Table, Row]]:
 
 
 def _seconds(found: Measured) -> str:
-    return ", ".join(f"{name} {value:.1f} s" for name, value in found.seconds.items())
+    return ", ".join(f"{name} {value:.1f} CPU s" for name, value in found.seconds.items())

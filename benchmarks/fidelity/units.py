@@ -76,7 +76,7 @@ class Unit:
 @dataclass(frozen=True)
 class Measured:
     """psnr, ssim, temporal: one number a clip. judge: {measure: fraction right of `judged`}. runtime: what a policy
-    did. plan: what the row's numbers came from. seconds: of export and of clips."""
+    did. seconds: of CPU time of this process, for the export and for the clips."""
 
     label: str
     sample: str
@@ -101,7 +101,8 @@ class Measured:
     @property
     def high_share(self) -> float:
         """Share of steps in high precision, to four digits: it goes into the policies that take it over."""
-        return round(self.runtime["high_share"], 4)
+        high = self.runtime["high_steps"]
+        return round(high / (self.runtime["low_steps"] + high), 4)
 
 
 def recipe_of(row: Row) -> Recipe:
@@ -149,9 +150,9 @@ class Exports:
     def bundle(self, unit: Unit) -> Path:
         if unit.bundle_key != self._key:
             self._key = ""
-            start = time.perf_counter()
+            start = time.process_time()
             self._export(unit)
-            self._key, self.seconds = unit.bundle_key, time.perf_counter() - start
+            self._key, self.seconds = unit.bundle_key, time.process_time() - start
         return self._folder
 
     def _export(self, unit: Unit) -> None:
@@ -180,20 +181,20 @@ def _records(record: Path, setting: Setting) -> list[Path]:
 
 def measure(unit: Unit, exports: Exports) -> Measured:
     """Run the unit and keep what it measured. Raises VdqError, PeerError."""
-    start, runtime, versions = time.perf_counter(), dict[str, float](), dict[str, str]()
+    start, runtime, versions = time.process_time(), dict[str, float](), dict[str, str]()
     if unit.row.peer:
         with peers.denoiser(unit.row.peer, unit.setting) as (denoiser, versions):
-            seconds = {"export": time.perf_counter() - start}
+            seconds = {"export": time.process_time() - start}
             made, size = unit.setting.clips(denoiser, unit.count), 0
     else:
         path = exports.bundle(unit)
         seconds, size = {"export": exports.seconds}, Bundle.open(path, verify_hashes=False).size
-        start = time.perf_counter() - exports.seconds
+        start = time.process_time() - exports.seconds
         policy: dict[str, Any] = {"policy": unit.policy} if unit.policy else {}
         with vdq_export.load(path, threads=1, verify_hashes=False, **policy) as transformer:
             made = unit.setting.clips(transformer, unit.count)
             runtime = {k: float(v) for k, v in asdict(transformer.statistics).items() if isinstance(v, int | float)}
-    seconds["clips"] = time.perf_counter() - start - seconds["export"]
+    seconds["clips"] = time.process_time() - start - seconds["export"]
     found = _compared(unit, made, bundle_bytes=size, runtime=runtime, versions=versions, seconds=seconds)
     write_atomically(unit.path, lambda out: out.write(json.dumps(asdict(found), indent=1).encode()))
     return found
