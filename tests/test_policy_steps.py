@@ -115,6 +115,15 @@ def test_the_accumulator_is_reset_by_a_high_step_and_the_first_two_steps_know_no
     assert run_clip(Host("delta=1.5,start=high"), GROWING)[:4] == ["high", "low", "low", "high"]
 
 
+def test_the_last_step_can_be_kept_high() -> None:
+    assert run_clip(Host("delta=inf,end=high"), GROWING) == [*["low"] * 7, "high"]
+    assert run_clip(Host("delta=inf,end=high,steps=3"), GROWING[:3]) == ["low", "low", "high"]
+    host = Host("delta=inf,end=high,start=high")  # another sampler, whose last step is the calibrated one
+    for t in (1000.0, 650.0, T[-1]):
+        host.call(t, GROWING[0])
+    assert host.ran == ["high", "low", "high"]
+
+
 def test_a_new_clip_begins_from_nothing() -> None:
     host = Host("delta=1.5")
     assert run_clip(host, GROWING) == run_clip(host, GROWING)
@@ -127,9 +136,9 @@ def test_a_new_clip_begins_from_nothing() -> None:
 
 
 class _NoReset(steps._Delta):
-    def choose(self, step: int) -> Precision:
+    def choose(self, step: int, t: float) -> Precision:
         before = self.changed
-        chosen = super().choose(step)
+        chosen = super().choose(step, t)
         self.changed = before
         return chosen
 

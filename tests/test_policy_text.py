@@ -39,6 +39,7 @@ def two(**settings: Any) -> Schedule:
         ("static=high", StaticPolicy(precision="high")),
         ("delta=0.3", DeltaPolicy(delta=0.3)),
         ("delta=1e+2,start=high", DeltaPolicy(delta=100.0, start="high")),
+        ("delta=0.1,end=high,steps=30", DeltaPolicy(delta=0.1, end="high", steps=30)),
         ("delta=inf", DeltaPolicy(delta=math.inf)),
         ("pattern=abs", PatternPolicy(pattern="abs")),
         ("pattern:sba,share=0.35,seed=1,steps=40", PatternPolicy(pattern="sba", share=0.35, seed=1, steps=40)),
@@ -181,6 +182,10 @@ def test_policies_need_their_bins() -> None:
     bare = [Bin(index=0, t=(0, 9), steps=())] * 2
     with pytest.raises(ScheduleError, match=r"no calibrated steps to count on; add steps="):
         Schedule.from_bins(bare, ["a", "b"], precisions=["low", "high"], policy=PatternPolicy(pattern="abs"))
+    one = Schedule.from_bins(bare, ["a", "b"], precisions=["low", "high"], policy=DeltaPolicy(delta=1.0))
+    with pytest.raises(ScheduleError, match=r"no calibrated steps"):
+        one.with_policy("delta=1,end=high")
+    assert one.with_policy("delta=1,end=high,steps=9") != one
     with pytest.raises(ScheduleError, match="no probe graph for expert 'b'"):
         only = (Probe(graph="p", expert="a"),)
         made = [Bin(index=0, t=(5, 9), steps=(6,), expert="a"), Bin(index=1, t=(0, 5), steps=(1,), expert="b")]

@@ -38,11 +38,14 @@ class StaticPolicy(_Data, frozen=True, tag_field="kind", tag="static"):
 class DeltaPolicy(_Data, frozen=True, tag_field="kind", tag="delta"):
     """δ-GBS: low until the accumulated relative change of the output reaches `delta`, then one high step.
 
-    start: precision of a clip's first step; "low" is the paper's definition, in which nothing has changed yet.
+    start, end: "high" makes a clip's first or last step high whatever has changed; "low", the definition, leaves them
+    to delta. steps: of a clip, to know the last one; 0 means as many as were calibrated.
     """
 
     delta: Annotated[float, Meta(ge=0.0)]
     start: Literal["low", "high"] = "low"
+    end: Literal["low", "high"] = "low"
+    steps: Annotated[int, Meta(ge=0)] = 0
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -139,11 +142,11 @@ class _Form(NamedTuple):
 
 _FORMS: dict[str, _Form] = {
     "static": _Form(StaticPolicy, "precision", False, ()),
-    "delta": _Form(DeltaPolicy, "delta", True, ("start",)),
+    "delta": _Form(DeltaPolicy, "delta", True, ("start", "end", "steps")),
     "pattern": _Form(PatternPolicy, "pattern", True, ("share", "seed", "steps")),
     "cache": _Form(CachePolicy, "threshold", True, ("steps",)),
 }
-_WORDS: dict[str, tuple[str, ...]] = {"precision": BOTH, "start": BOTH, "pattern": get_args(Pattern)}
+_WORDS: dict[str, tuple[str, ...]] = {"precision": BOTH, "start": BOTH, "end": BOTH, "pattern": get_args(Pattern)}
 _NUMBERS: dict[str, Callable[[str], float]] = {
     "delta": float, "threshold": float, "share": float, "seed": int, "steps": int,
 }  # fmt: skip

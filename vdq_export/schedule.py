@@ -95,8 +95,10 @@ class Schedule(_Data, frozen=True, dict=True):
                 f"the bundle has no graphs in {' and '.join(missing)} precision",
                 hint="export it with `schedule.delta` in the recipe to have two",
             )
-        counting: list[PatternPolicy | CachePolicy] = []
-        if isinstance(self.policy, PatternPolicy):
+        counting: list[PatternPolicy | DeltaPolicy | CachePolicy] = []
+        if isinstance(self.policy, PatternPolicy) or (
+            isinstance(self.policy, DeltaPolicy) and self.policy.end == "high"
+        ):
             counting.append(self.policy)
         if self.reuse and self.reuse.threshold:
             counting.append(self.reuse)

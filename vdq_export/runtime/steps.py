@@ -7,7 +7,7 @@ call decides for the step, and outputs are compared between first calls. A times
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -32,9 +32,9 @@ class Call(NamedTuple):
 
 
 class _Precisions(Protocol):
-    """How one clip's steps choose precisions; `step` counts them from 0."""
+    """How one clip's steps choose precisions; `step` counts them from 0, and t is its timestep."""
 
-    def choose(self, step: int) -> Precision: ...
+    def choose(self, step: int, t: float) -> Precision: ...
 
     def observe(self, output: Array) -> None:
         """See the output of a step that ran; kept, so it must not be edited afterwards."""
@@ -81,7 +81,7 @@ class Clip:
             if its_kind == kind:
                 return Call("", output.copy())
         if self._precision is None:
-            self._precision = self._precisions.choose(self._step)
+            self._precision = self._precisions.choose(self._step, t)
         return Call(self._precision)
 
     def finish(self, kind: Kind, call: Call, output: Array) -> None:
@@ -126,11 +126,18 @@ def high_steps(policy: PatternPolicy, steps: int) -> list[bool]:
     return [step in drawn for step in range(steps)]
 
 
+def is_last(step: int, t: float, steps: int, calibrated: Sequence[float]) -> bool:
+    """Whether a clip of `steps` steps ends here; 0: a clip of the calibrated timesteps (descending), by number or t."""
+    if steps:
+        return step >= steps - 1
+    return step >= len(calibrated) - 1 or t <= calibrated[-1] + EDGE_TOLERANCE * max(1.0, abs(calibrated[-1]))
+
+
 def _precisions(schedule: Schedule) -> _Precisions:
     if isinstance(schedule.policy, StaticPolicy):
         return _Fixed(schedule.policy.precision)
     if isinstance(schedule.policy, DeltaPolicy):
-        return _Delta(schedule.policy)
+        return _Delta(schedule.policy, schedule.steps)
     return _Pattern(schedule.policy, schedule.policy.steps or len(schedule.steps))
 
 
@@ -138,7 +145,7 @@ class _Fixed:
     def __init__(self, precision: Precision) -> None:
         self._precision = precision
 
-    def choose(self, step: int) -> Precision:
+    def choose(self, step: int, t: float) -> Precision:
         return self._precision
 
     def observe(self, output: Array) -> None:
@@ -149,7 +156,7 @@ class _Pattern(_Fixed):
     def __init__(self, policy: PatternPolicy, steps: int) -> None:
         self._high = high_steps(policy, steps)
 
-    def choose(self, step: int) -> Precision:
+    def choose(self, step: int, t: float) -> Precision:
         if step >= len(self._high):
             raise ScheduleError(
                 f"the pattern is made for {len(self._high)} steps, this clip has more",
@@ -161,13 +168,16 @@ class _Pattern(_Fixed):
 class _Delta:
     """`changed` is e of the definition: the outputs' relative changes since the last high step."""
 
-    def __init__(self, policy: DeltaPolicy) -> None:
+    def __init__(self, policy: DeltaPolicy, calibrated: tuple[float, ...]) -> None:
         self._policy = policy
+        self._calibrated = calibrated
         self.changed = 0.0
         self._before: Array | None = None
 
-    def choose(self, step: int) -> Precision:
+    def choose(self, step: int, t: float) -> Precision:
         if step == 0 and self._policy.start == "high":
+            return "high"
+        if self._policy.end == "high" and is_last(step, t, self._policy.steps, self._calibrated):
             return "high"
         # An infinite threshold holds against infinite change, too.
         if self.changed < self._policy.delta or math.isinf(self._policy.delta):
@@ -194,7 +204,7 @@ class _Reuse:
         """Whether the step may take the output of the one before. Looks at the modulated input of every step."""
         expert, value = modulated()
         before, self._before = self._before, (expert, value)
-        if before is not None and before[0] == expert and not self._is_last(step, t):
+        if before is not None and before[0] == expert and not is_last(step, t, self._policy.steps, self._calibrated):
             self._changed += self._estimate(expert, relative_change(value, before[1]))
             if self._changed < self._policy.threshold:
                 return True
@@ -207,9 +217,3 @@ class _Reuse:
             return math.inf
         estimate = float(np.polyval(self._policy.probe(expert).coefficients or (1.0, 0.0), change))
         return 0.0 if estimate < 0 else estimate  # a fitted polynomial can dip below zero, a change cannot
-
-    def _is_last(self, step: int, t: float) -> bool:
-        if self._policy.steps:
-            return step >= self._policy.steps - 1
-        lowest = self._calibrated[-1]
-        return step >= len(self._calibrated) - 1 or t <= lowest + EDGE_TOLERANCE * max(1.0, abs(lowest))
