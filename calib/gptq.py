@@ -65,18 +65,18 @@ def factorise(hessian: Array, settings: GptqRecipe) -> Factor:
         raise CalibrationError("the Hessian of its input holds NaN or Inf")
     diagonal = np.diagonal(hessian)
     order = np.argsort(-diagonal, kind="stable") if settings.act_order else np.arange(len(hessian))
-    damping, raised, dtype = settings.damping, 0, np.dtype(np.float32)
+    damping, raised, dtype = settings.damping, 0, "float32"
     while True:
         lower = (hessian[np.ix_(order, order)] if settings.act_order else hessian).astype(dtype)
         lower[np.diag_indices_from(lower)] += damping * mean if mean > 0 else 1.0
         try:
             _triangle(lower)
         except np.linalg.LinAlgError:
-            if dtype == np.float64:
+            if dtype == "float64":
                 damping, raised = damping * 10, raised + 1
             if damping > MOST_DAMPING:
                 raise
-            dtype = np.dtype(np.float64)
+            dtype = "float64"
             continue
         lower /= np.diagonal(lower)[:, None].copy()
         return Factor(lower.astype(np.float32, copy=False), order, damping, raised)

@@ -14,7 +14,7 @@ A group depends on no other, so groups are solved in parallel processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -119,7 +119,7 @@ def solve_groups(tasks: Iterable[GroupTask], workers: int) -> Iterator[GroupResu
 def is_light(task: GroupTask) -> bool:
     """Whether solving it costs less than starting a process; it depends on the shapes alone."""
     rows, k = sum(len(x) for x in task.rows), task.weights[0].shape[0]
-    return (rows + k) * k * (k + sum(w.shape[1] for w in task.weights)) < LIGHT
+    return bool((rows + k) * k * (k + sum(w.shape[1] for w in task.weights)) < LIGHT)
 
 
 def _solve(task: GroupTask) -> GroupResult:
@@ -153,7 +153,7 @@ def _nearest(residual: Array, fmt: WeightFormat, settings: WeightRecipe) -> _Rou
     return _Rounding(weight_ranges.quantize(residual, scale, fmt), scale, f"{_METHOD[settings.range]} {cell}")
 
 
-def _evidence(task: GroupTask, how: tuple[Range, ...] | tuple[Dynamic, ...]) -> _Evidence:
+def _evidence(task: GroupTask, how: Sequence[Range | Dynamic]) -> _Evidence:
     exact = np.concatenate(task.rows)
     quantized = np.concatenate([quantize_rows(x, one, task.grid) for x, one in zip(task.rows, how, strict=True)])
     out = _held_out(exact)
