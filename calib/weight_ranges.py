@@ -143,7 +143,7 @@ def _power_scales(cells: Array, highest: Array, method: Method) -> Array:
     candidates = [np.clip(floor + offset, *_E8M0) for offset in (-1, 0, 1)]
     if method == "minmax":
         chosen = np.where(live > np.ldexp(np.float32(6), candidates[1]), candidates[2], candidates[1])
-        return np.ldexp(np.float32(0.5), chosen)
+        return np.asarray(np.ldexp(np.float32(0.5), chosen))
     errors = []
     for exponent in candidates:
         # In units of the cell's own exponent, where squares neither overflow nor vanish.
@@ -151,7 +151,7 @@ def _power_scales(cells: Array, highest: Array, method: Method) -> Array:
         error = number_grid.nearest(unit.copy(), number_grid.E2M1_QMAX, "e2m1") - unit
         errors.append(np.ldexp(np.einsum("cl,cl->c", error, error), 2 * (exponent - candidates[1])))
     best = np.argmin(errors, axis=0)
-    return np.ldexp(np.float32(0.5), np.choose(best, candidates))
+    return np.asarray(np.ldexp(np.float32(0.5), np.choose(best, candidates)))
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

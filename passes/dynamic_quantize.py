@@ -31,7 +31,7 @@ from vdq_export.plan import Dynamic, LayerPlan
 NAME = "dynamic_quantize"
 AFTER = ("quantize_weights", "qdq")
 BLOCK = 32  # channels a scale in MXFP4
-_TINY = np.finfo(np.float32).tiny
+_TINY = float(np.finfo(np.float32).tiny)
 _DONE = re.compile(r"/Dynamic(_\d+)?$")
 _LOWEST = -150  # first exponent of the table of powers
 
