@@ -129,6 +129,7 @@ def _ladder() -> tuple[Row, ...]:
         row("SVDQuant + RTN", "RTN", _NEAREST),
         row("SVDQuant + GPTQ", "SVDQuant + RTN", {"activations": {"clip": []}}),
         row("+ TS-clip", "SVDQuant + GPTQ", {}, many=True),
+        row("+ TS-clip + ARQ", "+ TS-clip", {"rotation": {"kind": "hadamard", "scale": "channel"}}, many=True),
         row("+ module retention", "+ TS-clip", {"override": _RETAINED}, many=True),
         Row("MXFP4", "wan22-mxfp4", target="reference"),
     )
