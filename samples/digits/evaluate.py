@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from vdq_export.samples.digits import load
+from vdq_export.samples.digits import NAMES, load
 from vdq_export.samples.digits.judge import DigitsJudge
 from vdq_export.samples.digits.sampler import DigitsSampler
 
@@ -31,8 +31,10 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument("--guidance", type=float, nargs="+", default=[default], help=f"scales (default {default:g})")
     parser.add_argument("--batch", type=int, default=20)
-    parser.add_argument("--name", default="digits", help="digits or digits-hard")
-    parser.add_argument("--weights", type=Path, default=None, help="another checkpoint (safetensors)")
+    parser.add_argument("--name", default="digits", choices=NAMES)
+    parser.add_argument(
+        "--weights", type=Path, default=None, help="another checkpoint (safetensors; of digits-moe a folder of two)"
+    )
     parser.add_argument("--threads", type=int, default=None)
     arguments = parser.parse_args()
     if arguments.threads:
