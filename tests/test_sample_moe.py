@@ -84,7 +84,7 @@ def test_each_expert_is_better_on_its_own_range(moe: Model, base: Model) -> None
     states = {name: part.module.state_dict() for name, part in moe.networks()} | {"base": base.module.state_dict()}
     for name, t in experts.RANGES.items():
         losses = {who: train.validation_loss(state, t, batches=1) for who, state in states.items()}
-        # The three see the same 64 clips and the same noise; the expert leads by 3 % and 5 %. Swapped, it would be last.
+        # The three see the same 64 clips and noise; the expert leads by 3 % and 5 %. Swapped, it would be last.
         assert min(losses, key=lambda who: losses[who]) == name, losses
 
 
