@@ -8,9 +8,10 @@ import torch
 from tests import tiny_model
 from tests.tiny_model import TIMESTEPS
 from vdq_export import sources
-from vdq_export.errors import ModelError
+from vdq_export.errors import ModelError, TraceError
 from vdq_export.experts import Expert, Experts
 from vdq_export.model import Model, Step
+from vdq_export.trace import trace
 
 
 class Constant(torch.nn.Module):
@@ -180,3 +181,8 @@ def test_factories_may_return_experts() -> None:
     made = sources.resolve("tests.tiny_model:two_experts")
     assert [name for name, _ in made.networks()] == ["high", "low"]
     assert made.networks()[1][1].name == "tests.tiny_model:two_experts/low", "the argument is the model's name"
+
+
+def test_several_networks_are_no_one_graph() -> None:
+    with pytest.raises(TraceError, match="tiny-experts is 2 networks"):
+        trace(tiny_model.two_experts())

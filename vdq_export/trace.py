@@ -48,8 +48,10 @@ def trace(model: Model, *, tolerance: float = 1e-4) -> Graph:
     """The model's float graph, checked against the module on the example inputs.
 
     tolerance: largest |difference| allowed, relative to the largest |output|. Raises TraceError when the module cannot
-    be exported or the graph does not agree with it.
+    be exported, the graph does not agree with it, or it is several networks.
     """
+    if model.experts:
+        raise TraceError(f"{model.name} is {len(model.experts)} networks", hint="trace each of model.networks()")
     intermediate = _export(model)
     _name_by_module(intermediate)
     arrays = _detach_weights(intermediate)

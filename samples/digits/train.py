@@ -24,6 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from vdq_export.model import Denoiser
 from vdq_export.samples.digits import experts
 from vdq_export.samples.digits.data import all_conditions, embed, load_glyphs, random_clip
 from vdq_export.samples.digits.network import build
@@ -157,15 +158,14 @@ def load_checkpoint(
     return step
 
 
-def loss_of(
-    denoiser: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
+def loss_of(denoiser: Denoiser, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Mean squared error of the predicted velocity over a batch as Batches makes it."""
     clips, prompts, sigmas, noise = batch
     blend = sigmas.view(-1, 1, 1, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
         velocity = denoiser((1 - blend) * clips + blend * noise, sigmas * 1000, prompts, return_dict=False)[0]
-    return (velocity.float() - (noise - clips)).square().mean()
+    loss: torch.Tensor = (velocity.float() - (noise - clips)).square().mean()
+    return loss
 
 
 def validation_loss(state: experts.State, t: tuple[float, float], batches: int = VALIDATION_BATCHES) -> float:
@@ -212,7 +212,7 @@ def train(plan: Plan, batch: int, threads: int, out: Path, expert: str = "") -> 
     begun, running = time.monotonic(), 0.0
     for step in range(first, plan.steps):
         loss = loss_of(compiled, batches(step))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
