@@ -56,6 +56,7 @@ def test_ranges_are_half_open_and_the_top_is_inclusive(t: float, value: float) -
 def test_a_call_is_one_experts() -> None:
     together, latent = Experts(THREE), torch.zeros(2, 2)
     assert together(latent, torch.tensor([[800.0, 900.0]])).unique().tolist() == [3.0]
+    assert together(latent, torch.tensor([[0.0, 900.0], [900.0, 0.0]])).unique().tolist() == [3.0], "clean tokens"
     with pytest.raises(ModelError, match="timesteps 800, 200 in one call are of experts high and low"):
         together(latent, torch.tensor([200.0, 800.0]))
     with pytest.raises(ModelError, match="called without 'timestep'"):

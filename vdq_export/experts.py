@@ -42,9 +42,9 @@ class Expert:
 class Experts(torch.nn.Module):
     """Calls the expert of the timestep it is given, like the experts themselves are called.
 
-    experts: in any order; kept as denoising goes, highest timesteps first. timestep_input: the argument that carries t,
-    of any shape, all of it one expert's. Raises ModelError for no expert at all, a name given twice, and ranges that
-    overlap; gaps are allowed, a call with a timestep in one is not.
+    experts: in any order; kept as denoising goes, highest timesteps first. timestep_input: the argument that carries t:
+    [], [1], [B] or [B, …], where a sample's highest decides, as at run time. Raises ModelError for no expert at all, a
+    name given twice, and ranges that overlap; gaps are allowed, a call with a timestep in one is not.
     """
 
     def __init__(self, experts: Sequence[Expert], timestep_input: str = "timestep") -> None:
@@ -103,7 +103,7 @@ class Experts(torch.nn.Module):
         )
 
     def _timesteps(self, values: Sequence[Any], named: dict[str, Any]) -> list[float]:
-        """Distinct timesteps of a call, falling."""
+        """Distinct timesteps of a call's samples, falling."""
         given = named.get(self.timestep_input)
         if given is None:
             bound = inspect.signature(self.experts[0].module.forward).bind_partial(*values)
@@ -113,4 +113,6 @@ class Experts(torch.nn.Module):
                 f"called without {self.timestep_input!r}, by which the experts are told apart",
                 hint="give it, or set timestep_input",
             )
-        return sorted({float(t) for t in torch.as_tensor(given).flatten().tolist()}, reverse=True)
+        t = torch.as_tensor(given)
+        per_sample = t.flatten(1).amax(1) if t.ndim > 1 else t.flatten()
+        return sorted(set(per_sample.tolist()), reverse=True)
