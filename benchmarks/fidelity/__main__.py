@@ -25,7 +25,7 @@ def parse() -> argparse.Namespace:
     made.add_argument("--sample", action="append", choices=SAMPLES, help="may be repeated (default: all)")
     made.add_argument("--seeds", type=int, default=SEEDS, help="calibration sets and sets of cases (default 3)")
     made.add_argument("--clips", type=int, default=4, help="clips a row and seed compared one by one (default 4)")
-    made.add_argument("--judged", type=int, default=34, help="clips the judge sees of a headline row (default 34)")
+    made.add_argument("--judged", type=int, default=24, help="clips the judge sees of a headline row (default 24)")
     made.add_argument("--calibration", type=int, default=8, help="cases to calibrate on (default 8)")
     made.add_argument("--jobs", type=int, default=2, help="processes (default 2)")
     made.add_argument("--fresh", action="store_true", help="measure again what was measured before")

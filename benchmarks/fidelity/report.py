@@ -84,7 +84,7 @@ def _body(
     heads = ["row", "PSNR dB", "SSIM", "temporal error ×1000", *(f"{name} %" for name in JUDGED), "MB"]
     heads += ["bits", "computed %"] if policies else []
     rows = []
-    reference = next(many[0] for many in found.values() if many)
+    reference = max((many[0] for many in found.values() if many), key=lambda one: one.judged)
     for row in table.rows:
         many = found[row.label]
         if not many:
@@ -94,12 +94,14 @@ def _body(
         cells += [_bits(many), _computed(many)] if policies else []
         rows.append([*cells, _note(table, row, sample, found, seeds)])
     exact = [f"{100 * reference.float_judge[name]:.0f}" for name in JUDGED] if reference.float_judge else [""] * 3
-    rows.insert(0, ["float", "", "", "", *exact, *[""] * (len(heads) - 7), f"judged: {reference.judged} clips a seed"])
+    rows.insert(0, ["float", "", "", "", *exact, *[""] * (len(heads) - 6)])
     return [*heads, "note"], rows
 
 
 def _numbers(many: Sequence[Measured]) -> list[str]:
     judged = [plus_minus([100 * one.judge[name] for one in many], 1) if many[0].judge else "" for name in JUDGED]
+    if many[0].judged > len(many[0].psnr):
+        judged = [f"{cell} ({sum(one.judged for one in many)})" for cell in judged]
     return [
         plus_minus([one.mean_psnr for one in many], 2),
         plus_minus([sum(one.ssim) / len(one.ssim) for one in many], 4),
@@ -159,8 +161,8 @@ def _how(plan: Plan, seeds: int, table: Table) -> str:
     return (
         f"Clips against the float model's, the same prompts and noise; mean ± standard error over {seeds} seeds, each "
         f"with calibration cases (10000 + 1000·seed, {plan.calibration} of them) and evaluation cases (200·seed, "
-        f"{plan.clips} of them) of its own, 20 steps, both guidance branches. The judge sees the same clips, of "
-        f"headline rows {plan.judged} a seed. Differences are paired by seed. Temporal error: mean absolute "
+        f"{plan.clips} of them) of its own, 20 steps, both guidance branches. The judge sees the same clips, or "
+        "as many as stand in parentheses. Differences are paired by seed. Temporal error: mean absolute "
         f"difference of frame-to-frame changes, pixels in [0, 1].{source}"
     )
 

@@ -75,7 +75,7 @@ def error_file(unit: Unit) -> Path:
 
 
 def _is_done(unit: Unit, fresh: bool) -> bool:
-    return unit.path.exists() and not fresh
+    return not fresh and load(unit) is not None
 
 
 def _run(unit: Unit, exports: Exports) -> Measured | None:
@@ -91,17 +91,17 @@ def _run(unit: Unit, exports: Exports) -> Measured | None:
 
 
 def _in_turn(plan: Plan, setting: Setting) -> Sequence[tuple[Table, Row]]:
-    """Rows of one bundle together, and rows that need another's share after it."""
+    """Rows of one bundle together, what the judge sees much of first, rows that need another's share last."""
     rows = [(table, row) for table in plan.chosen() for row in (table.rows[:3] if plan.small else table.rows)]
     order: dict[str, int] = {}
 
-    def place(entry: tuple[Table, Row]) -> tuple[int, bool]:
+    def place(entry: tuple[Table, Row]) -> tuple[int, bool, bool]:
         row = entry[1]
         try:
             key = Unit(row, setting, plan.clips, plan.clips).bundle_key
         except Exception:  # said when its turn comes
             key = row.label
-        return order.setdefault(key, len(order)), bool(row.share_of)
+        return order.setdefault(key, len(order)), bool(row.share_of), not row.many
 
     return sorted(rows, key=place)
 

@@ -57,7 +57,7 @@ class Unit:
 
     @property
     def path(self) -> Path:
-        measured = {"first": self.setting.first_case, "clips": self.clips, "judged": self.judged}
+        measured = {"first": self.setting.first_case, "clips": self.clips}
         return FOLDER / "units" / f"{_digest({**self._made_of(), **measured, 'policy': self.policy})}.json"
 
     def _made_of(self) -> dict[str, Any]:
@@ -135,8 +135,11 @@ def _difference(settings: Mapping[str, Any], default: Mapping[str, Any]) -> dict
 
 
 def load(unit: Unit) -> Measured | None:
-    """What the unit measured, if it was."""
-    return Measured(**json.loads(unit.path.read_text())) if unit.path.exists() else None
+    """What the unit measured, if it was and the judge saw enough."""
+    if not unit.path.exists():
+        return None
+    found = Measured(**json.loads(unit.path.read_text()))
+    return found if found.judged >= unit.judged else None
 
 
 class Exports:
