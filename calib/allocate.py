@@ -5,8 +5,9 @@
                layers that read one value take candidates of the same activation bits (one quantizer serves them)
                at most `high_blocks` blocks hold a candidate above the lowest bits
 
-error: the mean relative output error of sensitivity.py, every layer counting alike. Weighing by signal power would need
-the power a layer adds to the residual stream, which the record does not have.
+error: the mean relative output error of sensitivity.py, every layer counting alike. It orders allocations well, not
+perfectly. (Tried: weights from the Jacobian of the network's output. On the sample they were no better: clips of equal
+size 1.9 dB worse and 0.2 dB better. Giving the last blocks the bits was 0.6 and 0.8 dB better than either sum.)
 
 cost, size: bits a layer stores. Integers at their nominal bits (a 6-bit weight counts 6 in whatever container the
 target has), 32 bits a scale (8 for the E8M0 scales of MXFP4), 32 bits an entry of low-rank factors. Layers in float

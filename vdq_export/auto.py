@@ -215,15 +215,13 @@ def measure_all(
     reporter: Reporter,
 ) -> Table:
     """The table of every layer of every expert. Layers and values of experts have the expert's name in front."""
-    draft = msgspec.structs.replace(base, weights=msgspec.structs.replace(base.weights, rounding="nearest"))
-    planned = compiler.make_plan(
-        model,
-        recipe=msgspec.structs.replace(draft, activations=msgspec.structs.replace(base.activations, clip=())),
-        traced={expert: graph.copy() for expert, graph in traced.items()},
-        reporter=reporter,
-        **({"save_calibration": record} if observe else {"calibration": record}),
-        **choices,
+    change = msgspec.structs.replace
+    plain = change(
+        base, weights=change(base.weights, rounding="nearest"), activations=change(base.activations, clip=())
     )
+    asked: dict[str, Any] = {**choices, "save_calibration" if observe else "calibration": record}
+    copies = {expert: graph.copy() for expert, graph in traced.items()}
+    planned = compiler.make_plan(model, recipe=plain, traced=copies, reporter=reporter, **asked)
     layers: list[LayerErrors] = []
     with reporter.stage("sensitivity") as advance:
         for done, part in enumerate(planned.parts):
@@ -257,11 +255,8 @@ def _starting(base: Recipe, offered: Sequence[Candidate]) -> Recipe:
     smoothing and bins are chosen for."""
     weights, activations = sorted({c.weights for c in offered}), sorted({c.activations for c in offered})
     usual = max([a for a in activations if a <= USUAL_BITS], default=activations[0])
-    return _with_bits(
-        base,
-        Candidate(weights[0], usual, 0, 0),
-        AllocateRecipe(weights=tuple(weights), activations=tuple(activations), high_blocks=base.allocate.high_blocks),
-    )
+    settings = {"weights": weights, "activations": activations, "high_blocks": base.allocate.high_blocks}
+    return _with_bits(base, Candidate(weights[0], usual, 0, 0), msgspec.convert(settings, AllocateRecipe))
 
 
 # -- the recipe ------------------------------------------------------------------------------------------------------

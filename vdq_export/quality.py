@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
 from pathlib import Path
@@ -81,9 +80,9 @@ class Meter:
         with load(bundle) as transformer:
             for step in steps:
                 exact = self.model(**step["inputs"]).numpy()
-                context = transformer.cache_context(step["branch"]) if step["branch"] else nullcontext()
-                with context:
-                    made = first_tensor(transformer(**step["inputs"])).numpy()
+                inputs: dict[str, Any] = dict(step["inputs"])
+                with transformer.cache_context(step["branch"]):
+                    made = first_tensor(transformer(**inputs)).numpy()
                 signal += float(np.square(exact, dtype=np.float64).sum())
                 noise += float(np.square(np.subtract(exact, made, dtype=np.float64)).sum())
         return decibels(signal, noise)
