@@ -152,8 +152,8 @@ def _bounds() -> tuple[Row, ...]:
     return tuple(made)
 
 
-GBS = "δ = 0.5"
-DELTAS = ("0.1", "0.2", "0.3", "0.5", "0.8", "1.5")
+GBS = "δ = 0.1"
+DELTAS = ("0.05", "0.1", "0.2", "0.3", "0.5", "1")
 PATTERNS = {"STP": "low first half", "ITP": "high first half", "ABS": "alternating", "SBA": "random"}
 
 
@@ -204,7 +204,8 @@ TABLES = (
         (("static-minmax", "static-tsw", "static-tsq-tsw"), ("static-minmax", "static-asq")),
     ),
     Table(
-        "bits", "Bit widths, weights / activations (tsq-tsw with 4 ranges)", _pairs(), "Hardware-friendly static quantization, Table III",
+        "bits", "Bit widths, weights / activations (tsq-tsw with 4 ranges)", _pairs(),
+        "Hardware-friendly static quantization, Table III",
         tuple((f"per-token dynamic {w}/{a}", f"{name} {w}/{a}")
               for w, a in PAIRS for name in ("static-asq", "static-tsq-tsw")),
     ),
