@@ -27,7 +27,7 @@ def write_tables(plan: Plan, samples: Sequence[str], seeds: int) -> None:
     for table in plan.chosen():
         tables: list[common.Table] = []
         data: dict[str, Any] = {"source": table.source, "rows": {}}
-        texts = [_how(plan, seeds, table)]
+        texts = [_how(plan, seeds, table), *([table.note] if table.note else [])]
         for sample, several in settings.items():
             found, errors = _collect(plan, table, several)
             if not any(found.values()):
@@ -67,10 +67,11 @@ def _collect(plan: Plan, table: Table, settings: Sequence[Setting]) -> tuple[dic
         for setting in settings:
             try:
                 unit = plan.unit(table, row, setting)
-            except Exception as error:
+                measured = load(unit) if unit else None
+            except Exception as error:  # a sample or recipe that does not exist
                 errors[row.label] = str(error)
                 continue
-            if unit is not None and (measured := load(unit)) is not None:
+            if measured is not None:
                 found[row.label].append(measured)
             elif unit is not None and error_file(unit).exists():
                 errors[row.label] = error_file(unit).read_text()

@@ -35,13 +35,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """order: labels from worst to best as the paper has them, one chain or several; each step is checked."""
+    """order: labels from worst to best as the paper has them, one chain or several; each step is checked. note: what a
+    reader has to know."""
 
     name: str
     title: str
     rows: tuple[Row, ...]
     source: str = ""
     order: tuple[tuple[str, ...], ...] = ()
+    note: str = ""
 
 
 STEPS = "all"  # one range a denoising step: 20 of the samples' schedule
@@ -224,6 +226,13 @@ TABLES = (
         "switching", "Bit switching and step reuse", _switching(), "DVD-Quant, Table 2",
         tuple((f"{name} ({what}), bits of {GBS}", GBS) for name, what in PATTERNS.items()),
     ),
-    Table("peers", "Other quantizers, W8A8", PEERS),
+    Table(
+        "peers", "Other quantizers, W8A8", PEERS,
+        note="All get the calls of the same calibration clips; quantize_static and NNCF torch.onnx.export's default "
+        "graph, Model Optimizer the torch module. \"Same layers\": attention's matrix products and the layers that our "
+        "recipes leave in float are left in float; Model Optimizer always so. NNCF (its transformer settings) decides "
+        "itself which other operators it quantizes, and runs in OpenVINO. Model Optimizer's ONNX path wants CuPy and "
+        "onnxruntime-gpu, so its torch path is measured, in simulated integers on the CPU.",
+    ),
     Table("recipes", "Every recipe", tuple(Row(name, name, target=where) for name, where in SHIPPED.items())),
 )  # fmt: skip

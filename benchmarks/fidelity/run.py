@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.fidelity.rows import TABLES, Row, Table
 from benchmarks.fidelity.setting import Setting, write_atomically
 from benchmarks.fidelity.units import Exports, Measured, Unit, load, measure
+from vdq_export.errors import VdqError
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ def run_group(plan: Plan, sample: str, seed: int) -> str:
 
     torch.set_num_threads(1)
     setting, start = Setting(sample, seed, plan.calibration), time.perf_counter()
+    try:
+        setting.weights  # noqa: B018 (loads the sample)
+    except VdqError as error:
+        return str(error)
     done = failed = 0
     fresh = set[Path]()
     with tempfile.TemporaryDirectory() as folder:
