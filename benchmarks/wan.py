@@ -187,7 +187,9 @@ def prepare(shape: Shape) -> Prepared:
     graph = trace(network)
     save_external(graph, partial.traced)
     partial.source.write_text(graph.source)
-    make_plan(network, target="ort-int8", tsw=1, recipe="static-minmax", traced={"": graph}, save_calibration=partial.record)
+    make_plan(
+        network, target="ort-int8", tsw=1, recipe="static-minmax", traced={"": graph}, save_calibration=partial.record
+    )
     partial.folder.rename(made.folder)
     return made
 

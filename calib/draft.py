@@ -128,8 +128,12 @@ def transforms_of(
         choice = smoothed.get(name) or smoothing.Choice(None, f"{shared[name]}, kept in float, reads the same value")
         turn, why = rotated[name]
         transform = Transform(choice.smoothing, turn, choice.why, why)
-        if turn is not None and recipe.rotation.scale == "channel":
-            transform = _scaled(network, _group(record, name, members, base), transform, turn, bins)
+        if turn is not None:
+            group = _group(record, name, members, base)
+            if recipe.rotation.scale == "channel":
+                transform = _scaled(network, group, transform, turn, bins)
+            if recipe.rotation.search:
+                transform = _unless_worse(network, group, transform, bins)
         found[name] = transform
     return found
 
@@ -143,6 +147,25 @@ def _scaled(
         return Transform(transform.smoothing, turn, transform.smoothing_why, f"{transform.rotation_why}; {why}")
     turned = replace(turn, scale=tuple(np.asarray(scale).tolist()), why=f"{turn.why}; {why}")
     return Transform(transform.smoothing, turned, transform.smoothing_why, turned.why)
+
+
+def _unless_worse(
+    network: Network, group: smoothing.Group, rotated: Transform, bins: Sequence[Sequence[int]]
+) -> Transform:
+    """`rotated`, or the same without its rotation where that loses nothing.
+
+    A rotation spreads the rounding noise of weights over all channels. Where a weight is small just because its channel
+    is large, that noise meets the large channel; smoothing before the rotation evens them out.
+    """
+    recipe = network.recipe
+    bare = Transform(rotated.smoothing, None, rotated.smoothing_why)
+    before, after = smoothing.output_errors(group, [bare, rotated], recipe.activations, recipe.weights.range, bins)
+    numbers = f"output error {after:.2e} against {before:.2e} without"
+    if after < before:
+        return Transform(
+            rotated.smoothing, rotated.rotation, rotated.smoothing_why, f"{rotated.rotation_why}; {numbers}"
+        )
+    return Transform(rotated.smoothing, None, rotated.smoothing_why, f"not rotated: {numbers} ({rotated.rotation_why})")
 
 
 def _provisional(network: Network, tsw: binning.Tsw) -> list[list[int]]:

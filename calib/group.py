@@ -30,7 +30,7 @@ from vdq_export.calib.ranges import Grid
 from vdq_export.calib.workers import in_order
 from vdq_export.errors import CalibrationError, VdqError
 from vdq_export.graph import Array
-from vdq_export.plan import Dynamic, LowRank, Range, WeightPlan
+from vdq_export.plan import Dynamic, LowRank, Range, TensorKind, WeightPlan
 from vdq_export.recipe import Recipe, WeightRecipe
 
 HELD_OUT = 8
@@ -67,7 +67,7 @@ class LayerWeights:
 
     weight: WeightPlan
     low_rank: LowRank | None
-    tensors: dict[str, Array] = field(default_factory=dict)
+    tensors: dict[TensorKind, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _power(values: Array) -> float:
 
 
 def _layer(branch: Split | None, rounding: _Rounding, fmt: WeightFormat) -> LayerWeights:
-    tensors = {"codes": rounding.codes} if rounding.by_gptq else {}
+    tensors: dict[TensorKind, Array] = {"codes": rounding.codes} if rounding.by_gptq else {}
     if fmt.group:
         tensors["scale"] = rounding.scale
     plan = WeightPlan(

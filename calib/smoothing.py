@@ -136,6 +136,13 @@ def choose(
     return [_choice(p, *pick) for p, pick in zip(peaks, picks, strict=True)]
 
 
+def output_errors(
+    group: Group, transforms: Sequence[Transform], activations: ActivationRecipe, weights: Method, bins: Bins
+) -> list[float]:
+    """Relative output error of the layers of `group` under each transform."""
+    return _errors(group, lambda _: transforms, activations, weights, bins)
+
+
 def after_rotation(
     group: Group, transform: Transform, activations: ActivationRecipe, weights: Method, bins: Bins
 ) -> tuple[Array | None, str]:

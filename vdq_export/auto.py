@@ -276,7 +276,10 @@ def recipe_for(start: Recipe, chosen: Allocation, wanted: Budget, experts: Seque
     verify = whole.verify
     if wanted.kind == "quality":
         verify = msgspec.structs.replace(verify, min_psnr_db=wanted.amount - MARGIN_DB)
-    tables = {e: {**whole.expert.get(e, {}), "override": rules[e]} for e in experts if rules[e]}
+    tables = {}
+    for expert in (e for e in experts if rules[e]):
+        own = whole.expert.get(expert, {})
+        tables[expert] = {**own, "override": [*own.get("override", []), *rules[expert]]}
     return msgspec.structs.replace(
         whole,
         summary=f"{start.summary}: {wanted}",

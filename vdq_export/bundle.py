@@ -20,7 +20,6 @@ from vdq_export.plan import Bin, QuantPlan
 from vdq_export.report.data import VerifyReport
 from vdq_export.schedule import Schedule
 
-
 _PLAN = re.compile(r"plan\.json|plans/plan\d{2,}\.json")
 
 

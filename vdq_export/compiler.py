@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +19,15 @@ from vdq_export.calib.draft import Network, draft
 from vdq_export.calib.observe import observe
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.solve import Solved, at_precision, solve
+from vdq_export.calib.step_reuse import Learnt, learn
 from vdq_export.contract import PassContext, PassReport
-from vdq_export.errors import CalibrationError, PassError
+from vdq_export.errors import CalibrationError, ModelError, PassError
 from vdq_export.graph import Graph
-from vdq_export.manifest import Manifest, ModelIdentity
+from vdq_export.manifest import Manifest, ModelIdentity, Signature
 from vdq_export.model import Model
+from vdq_export.number_grid import numpy_type
 from vdq_export.plan import QuantPlan
+from vdq_export.policy import CachePolicy, Probe
 from vdq_export.progress import Reporter
 from vdq_export.recipe import Recipe
 from vdq_export.schedule import Schedule
@@ -37,12 +41,13 @@ Dump = Callable[[str, Graph], None]
 class Part:
     """One set of weights: the float graph with smoothing and rotation carried out, and what quantizes it.
 
-    Several plans: the same weights under other activation precisions.
+    Several plans: the same weights under other activation precisions. probe: what step reuse needs of this network.
     """
 
     graph: Graph
     plans: tuple[QuantPlan, ...]
     tensors: Mapping[str, Any]
+    probe: Learnt | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class _Settings:
     optimal_bins: bool = False
     calibration: Path | None = None
     save_calibration: Path | None = None
-    workers: int = 1
+    workers: int = os.cpu_count() or 1
     traced: Mapping[str, Graph] = field(default_factory=dict)
     dump: Dump | None = None
     reporter: Reporter = field(default_factory=Reporter)
@@ -121,6 +126,10 @@ def make_plan(
     count = None if tsw is None else _bin_count(tsw)
     settings = _Settings(targets.load(target).spec(isa), chosen, count, **choices)  # cheap refusals first
     model = sources.resolve(model)
+    for expert, _ in model.networks():
+        place = record_path(settings.calibration, expert)
+        if place is not None and not place.is_file():
+            raise CalibrationError(f"no calibration record at {place}", hint="--save-calibration writes one")
     parts: list[Part] = []
     reports: list[PassReport] = []
     for expert, network in model.networks():
@@ -143,7 +152,11 @@ def finish(
     reporter = reporter or Reporter()
     reports, paths = quantize(planned, writer, dump=dump, reporter=reporter)
     _tell(planned.reports + reports, strict, reporter)
-    schedule = Schedule.from_plans(planned.plans, paths, sampler=_sampler_settings(planned.model))
+    if (extra := _own_weights(planned)) > 0:
+        reporter.note(f"bins with weights of their own: {extra / 1e6:.1f} MB more than one set of weights")
+    schedule = Schedule.from_plans(
+        planned.plans, paths, sampler=_sampler_settings(planned.model), reuse=_reuse(planned, writer)
+    )
     return writer.commit(_manifest(planned), schedule, planned.plans)
 
 
@@ -184,6 +197,7 @@ def _plan_network(
         graph = settings.traced[expert] if expert in settings.traced else trace(model)
     reports = pipeline.run_passes(graph, pipeline.CANONICAL, PassContext(spec=spec), dump=dump)
     record = _record(graph, model, expert, settings)
+    probe = None if recipe.schedule.cache is None else learn(graph, model)
     network = Network(graph, record, recipe, spec, expert, limits)
     parts = []
     with reporter.stage(f"solve {expert}".strip()) as advance:
@@ -195,7 +209,7 @@ def _plan_network(
             told = pipeline.run_passes(floated, pipeline.FLOAT, PassContext(one, None, spec), dump=dump)
             reports += told if number == 0 else []
             solved = solve(one, floated, record, spec, workers=settings.workers, progress=advance)
-            parts.append(Part(floated, _precisions(solved, record, spec, count), solved.tensors))
+            parts.append(Part(floated, _precisions(solved, record, spec, count), solved.tensors, probe))
     return parts, reports
 
 
@@ -221,8 +235,6 @@ def _record(graph: Graph, model: Model, expert: str, settings: _Settings) -> Cal
     """Saved or made now; with experts each has a file of its own, "NAME.EXPERT.safetensors"."""
     saved = record_path(settings.calibration, expert)
     if saved is not None:
-        if not saved.is_file():
-            raise CalibrationError(f"no calibration record at {saved}", hint="--save-calibration writes one")
         return CalibrationRecord.load(saved)  # draft() checks whose it is
     with settings.reporter.stage(f"calibrate {expert}".strip()) as advance:
         record = observe(graph, model, progress=advance)
@@ -252,18 +264,52 @@ def _sampler_settings(model: Model) -> dict[str, Any]:
     return {} if model.sampler is None else dict(model.sampler.settings())
 
 
+def _reuse(planned: Planned, writer: BundleWriter) -> CachePolicy | None:
+    """Step reuse as the recipe wants it, its probe graphs written; None where it wants none."""
+    threshold = planned.recipe.schedule.cache
+    if threshold is None:
+        return None
+    learnt = {part.plans[0].expert: part.probe for part in planned.parts if part.probe is not None}
+    probes = []
+    for expert, one in learnt.items():
+        path = writer.add_graph(f"probe.{expert}" if expert else "probe", *one.graph.skeleton())
+        probes.append(Probe(graph=path, expert=expert, coefficients=one.coefficients))
+    return CachePolicy(threshold=threshold, probes=tuple(probes))
+
+
+def _own_weights(planned: Planned) -> int:
+    """Bytes that the quantized weights of bins beyond one set a network take."""
+    seen, extra = set[str](), 0
+    for plan in (part.plans[0] for part in planned.parts):
+        if plan.expert in seen:
+            layers = (x for x in plan.layers if x.weight is not None)
+            extra += sum(x.shape[0] * x.shape[1] * numpy_type(x.weight.dtype).itemsize for x in layers if x.weight)
+        seen.add(plan.expert)
+    return extra
+
+
+def _signature(planned: Planned) -> Signature:
+    """What all graphs take and give. Raises ModelError when the networks differ in it."""
+    model = planned.model
+    found = [signature_of(part.graph.skeleton()[0], model.timestep_input) for part in planned.parts]
+    if any(one != found[0] for one in found):
+        raise ModelError(
+            f"the experts of {model.name} differ in their inputs or outputs", hint="give all the same ones"
+        )
+    return found[0]
+
+
 def _manifest(planned: Planned) -> Manifest:
     model, spec = planned.model, planned.spec
-    graph = planned.parts[0].graph
     return Manifest(
         model=ModelIdentity(
             name=model.name,
-            weight_hash=model.weight_hash() if model.experts else graph.source,
+            weight_hash=model.weight_hash() if model.experts else planned.parts[0].graph.source,
             config=model.metadata.get("config", {}),
         ),
         target=spec.name,
         isa=spec.isa,
-        signature=signature_of(graph.skeleton()[0], model.timestep_input),
+        signature=_signature(planned),
         recipe=planned.recipe,
         session=targets.load(spec.name).session_options(spec),
         providers=spec.providers,

@@ -69,13 +69,15 @@ def summarize(path: Path) -> Summary:
     digests: graph_view.Digests = {}
     files = bundle_graphs(bundle).items()
     views = {label: graph_view.load(file, root=bundle.path, digests=digests) for label, file in files}
-    bins = [views[label] for label in list(views)[: len(bundle.schedule.bins)]]
+    alike: dict[str, list[GraphView]] = {}  # scales of other experts or precisions are no spread over timesteps
+    for one, label in zip(bundle.schedule.bins, views, strict=False):
+        alike.setdefault(".".join(filter(None, (one.when.expert, one.when.precision))), []).append(views[label])
     return Summary(
         path=str(path),
         what="bundle",
         size=bundle.size,
         graphs=tuple(summarize_view(view, label) for label, view in views.items()),
-        scales=scale_spread(bins),
+        scales=tuple(spread for kind, bins in alike.items() for spread in scale_spread(bins, kind)),
         model=bundle.manifest.model.name,
         target=bundle.manifest.target,
         recipe=bundle.manifest.recipe.name if bundle.manifest.recipe else "",
@@ -120,8 +122,8 @@ def _linear(view: GraphView, op: Op, makers: dict[str, Op]) -> bool | None:
     return quantized if value in view.params else None
 
 
-def scale_spread(bins: list[GraphView]) -> tuple[ScaleSpread, ...]:
-    """Scales of the QuantizeLinear nodes that every bin has under one name."""
+def scale_spread(bins: list[GraphView], kind: str = "") -> tuple[ScaleSpread, ...]:
+    """Scales of the QuantizeLinear nodes that every bin has under one name. kind: expert and precision of the bins."""
     found: dict[str, list[float]] = {}
     for view in bins:
         for op in view.ops:
@@ -129,7 +131,7 @@ def scale_spread(bins: list[GraphView]) -> tuple[ScaleSpread, ...]:
             if scale is not None and scale.elements == 1:
                 found.setdefault(op.name, []).append(float(np.asarray(scale.array(), np.float64).reshape(())))
     spreads = [
-        ScaleSpread(name, tuple(scales), max(scales) / min(scales))
+        ScaleSpread(f"{kind}: {name}" if kind else name, tuple(scales), max(scales) / min(scales))
         for name, scales in found.items()
         if len(scales) == len(bins) > 1 and min(scales) > 0
     ]

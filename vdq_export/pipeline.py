@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -66,14 +67,20 @@ def run_passes(
 
 
 def dump_to(folder: Path, wanted: str) -> Callable[[str, Graph], None]:
-    """A dump function that writes the graph after the pass `wanted` ("all": after each) into `folder`."""
+    """A dump function that writes the graph after the pass `wanted` ("all": after each) into `folder`.
+
+    Of several graphs that a pass ran on (experts, sets of weights), the later ones get a number.
+    """
     if wanted != "all":
         load_pass(wanted)
+
+    count = Counter[str]()
 
     def dump(name: str, graph: Graph) -> None:
         if wanted in ("all", name):
             folder.mkdir(parents=True, exist_ok=True)
-            graph.save(folder / f"{name}.onnx")
+            count[name] += 1
+            graph.save(folder / (f"{name}.onnx" if count[name] == 1 else f"{name}-{count[name]}.onnx"))
 
     return dump
 

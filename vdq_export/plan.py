@@ -19,6 +19,7 @@ from vdq_export.recipe import Recipe
 Branch = Literal["cond", "uncond", "any"]
 Precision = Literal["", "low", "high"]
 Grid = Literal["int", "e2m1"]
+TensorKind = Literal["codes", "scale", "down", "up"]
 IntType = Literal["int4", "uint4", "int8", "uint8", "int16", "uint16"]
 INT_RANGE: dict[str, tuple[int, int]] = {
     "int4": (-8, 7), "uint4": (0, 15),
@@ -193,7 +194,7 @@ class QuantPlan(_Data, frozen=True):
         return decode(data, QuantPlan, origin, PlanError)
 
 
-def tensor_name(layer: str, what: Literal["codes", "scale", "down", "up"]) -> str:
+def tensor_name(layer: str, what: TensorKind) -> str:
     """Name of one of the plan's tensors: codes int8 [K, N], scale float32 [K / group, N], down [K, r], up [r, N]."""
     return f"{layer}#{what}"
 

@@ -83,13 +83,15 @@ class SmoothingRecipe(_Settings, frozen=True):
 class RotationRecipe(_Settings, frozen=True):
     """Hadamard rotation of what matching layers read. block: its size, 0 the largest that fits the width.
 
-    scale: `channel` divides by a fixed per-channel scale after the rotation (ARQ with static scales).
+    scale: `channel` divides by a fixed per-channel scale after the rotation (ARQ with static scales). search: leave a
+    value as it is where rotating it does not lower the output error; false rotates every one.
     """
 
     kind: Literal["none", "hadamard"] = "none"
     block: Annotated[int, Meta(ge=0)] = 0
     match: tuple[str, ...] = ("*",)
     scale: Literal["none", "channel"] = "none"
+    search: bool = True
 
 
 class LowRankRecipe(_Settings, frozen=True):
@@ -134,13 +136,15 @@ class ScheduleRecipe(_Settings, frozen=True):
     """What the host does from step to step (docs/schedule.md).
 
     delta: accumulated relative change of the output at which a step runs in `high` activation bits; without it all
-    steps run alike. cache: accumulated change of the network's modulated input at which a step is computed again
-    instead of reusing the last one's output; 0 never reuses.
+    steps run alike. end: `high` for the last step whatever delta says. cache: accumulated change of the network's
+    modulated input at which a step is computed again instead of reusing the last one's output; 0 never reuses but
+    carries what that needs, none leaves it out.
     """
 
     delta: Annotated[float, Meta(ge=0.0)] | None = None
     high: Bits = 8
-    cache: Annotated[float, Meta(ge=0.0)] = 0.0
+    end: Literal["low", "high"] = "low"
+    cache: Annotated[float, Meta(ge=0.0)] | None = None
 
 
 class Keep(_Settings, frozen=True):
@@ -163,7 +167,8 @@ class VerifyRecipe(_Settings, frozen=True):
 class Recipe(_Settings, frozen=True):
     """One named way of quantizing; `name`, `summary` and `source` are for people.
 
-    tsw: timestep bins where the caller names none: how many, or their edges as shares of the steps; with experts, of each.
+    tsw: timestep bins where the caller names none: how many, or their edges as shares of the steps; with experts, of
+    each.
     """
 
     name: str
@@ -185,7 +190,7 @@ class Recipe(_Settings, frozen=True):
 
     def of_expert(self, name: str) -> Recipe:
         """The recipe one expert gets. Raises RecipeError when its table holds an unknown key."""
-        settings = msgspec.to_builtins(msgspec.structs.replace(self, expert={}))
+        settings = msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(self, expert={})))
         return _convert(_merge(settings, self.expert.get(name, {})), f"{self.name}, expert {name or '(only one)'}")
 
 
@@ -237,13 +242,13 @@ def _read(origin: str) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` wins; tables merge key by key, lists are appended to the base's."""
+    """`over` wins; tables merge key by key, lists of tables are appended to the base's."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
             merged[key] = _merge(old, value)
-        elif isinstance(old, list) and isinstance(value, list):
+        elif isinstance(old, list) and isinstance(value, list) and all(isinstance(one, dict) for one in old + value):
             merged[key] = [*old, *value]
         else:
             merged[key] = value

@@ -139,8 +139,10 @@ class Schedule(_Data, frozen=True, dict=True):
         Policy and bits are what the plans' recipes say; settings: Schedule's other fields.
         """
         bins = [(one, plan.precision) for plan in plans for one in plan.bins]
-        delta = next((d for plan in plans if plan.precision and (d := plan.recipe.schedule.delta) is not None), None)
-        policy = StaticPolicy() if delta is None else DeltaPolicy(delta=delta)
+        wanted = next((plan.recipe.schedule for plan in plans if plan.precision), None)
+        policy: Policy = StaticPolicy()
+        if wanted is not None and wanted.delta is not None:
+            policy = DeltaPolicy(delta=wanted.delta, end=wanted.end)
         bits = {precision: _mean_bits([p for p in plans if p.precision == precision]) for _, precision in bins}
         precisions = [precision for _, precision in bins]
         return Schedule.from_bins(

@@ -134,6 +134,7 @@ def _ladder() -> tuple[Row, ...]:
         row("+ TS-clip", "SVDQuant + GPTQ", {}, many=True),
         row("+ TS-clip + ARQ", "+ TS-clip", {"rotation": {"kind": "hadamard", "scale": "channel"}}, many=True),
         row("+ module retention", "+ TS-clip", {"override": _RETAINED}, many=True),
+        Row("static-w4a4", "static-w4a4", target="reference", many=True),
         Row("MXFP4", "wan22-mxfp4", target="reference"),
     )
 
@@ -176,6 +177,7 @@ def _switching() -> tuple[Row, ...]:
             row(f"{name} ({what}), bits of {GBS}", f"pattern={name.lower()},{spent[name]}", share_of=GBS, base=low)
             for name, what in PATTERNS.items()
         ),
+        row(f"{GBS}, last step high", f"delta={GBS[4:]},end=high", base=low),
         *(row(f"{GBS}, reuse {cache:g}", f"delta={GBS[4:]}", cache) for cache in (0.05, 0.1, 0.2)),
         *(row(f"high bits only, reuse {cache:g}", "delta=0", cache) for cache in (0.05, 0.1, 0.2)),
     )
@@ -196,7 +198,7 @@ PEERS = (
 _INTEGER = ("static-minmax", "static-tsw", "static-asq", "static-tsq-tsw", "smoothquant")
 _SLOW = (
     "quarot", "vidit-q", "q-dit", "arq-static", "rtn", "svdquant", "svdquant-gptq", "wan22-w4a4", "wan22-mxfp4",
-    "dvd-w4a4", "dvd-w4a6", "dvd-w4a8",
+    "dvd-w4a4", "dvd-w4a6", "dvd-w4a8", "static-w4a4",
 )  # fmt: skip
 SHIPPED = dict.fromkeys(_INTEGER, "ort-int8") | dict.fromkeys(_SLOW, "reference")
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 import msgspec
+from rich.console import Console
 
 from vdq_export import compiler, pipeline
 from vdq_export.bundle import Bundle
 from vdq_export.commands.options import machine_readable, planning, reporter, verbosity
+from vdq_export.commands.search import resolve
 
 
 @click.command("export")
@@ -28,10 +30,17 @@ def export_command(
 ) -> None:
     """Compile MODEL for a target and write a bundle."""
     dump = None if dump_after is None else pipeline.dump_to(out.with_name(f"{out.name}.passes"), dump_after)
-    bundle = compiler.export(
-        model, out=out, optimal_bins=bins == "optimal", dump=dump, reporter=reporter(verbose, quiet), **choices
-    )
-    click.echo(msgspec.json.encode(_summary(bundle)).decode() if as_json else _text(bundle))
+    told = reporter(verbose, quiet)
+    choices, found = resolve(model, {**choices, "optimal_bins": bins == "optimal"}, told)
+    bundle = compiler.export(model, out=out, dump=dump, reporter=told, **choices)
+    if as_json:
+        searched = {"search": found.builtins()} if found else {}
+        click.echo(msgspec.json.encode(_summary(bundle) | searched).decode())
+        return
+    if found:
+        Console().print(found.table())
+        click.echo(found.text())
+    click.echo(_text(bundle))
 
 
 def _summary(bundle: Bundle) -> dict[str, Any]:

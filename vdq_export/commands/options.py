@@ -38,6 +38,9 @@ planning = together(
     click.option(
         "--recipe", default="static-asq", show_default=True, help="Recipe name or TOML file; see `vdq-export recipes`."
     ),
+    click.option("--budget", metavar="TEXT", help="Search bits per layer: size=4.2bit, bops=32 or quality=35dB."),
+    click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the recipe that the search found here."),
+    click.option("--workers", type=click.IntRange(min=1), help="Processes that solve layers; by default one a core."),
     click.option("--calibration", type=click.Path(path_type=Path), help="Reuse this calibration record."),
     click.option("--save-calibration", type=click.Path(path_type=Path), help="Keep the calibration record here."),
 )

@@ -12,6 +12,7 @@ from rich.table import Table
 from vdq_export import compiler
 from vdq_export.bundle import Bundle
 from vdq_export.commands.options import machine_readable, planning, reporter, verbosity
+from vdq_export.commands.search import resolve
 from vdq_export.errors import BundleError
 from vdq_export.plan import LayerPlan, QuantPlan
 
@@ -25,9 +26,9 @@ def plan_command(model: str, bins: str, as_json: bool, verbose: int, quiet: bool
     if Path(model, "manifest.json").is_file():
         plans = Bundle.open(model).plans
     else:
-        plans = compiler.make_plan(
-            model, optimal_bins=bins == "optimal", reporter=reporter(verbose, quiet), **choices
-        ).plans
+        told = reporter(verbose, quiet)
+        choices, _ = resolve(model, {**choices, "optimal_bins": bins == "optimal"}, told)
+        plans = compiler.make_plan(model, reporter=told, **choices).plans
     if not plans:
         raise BundleError(f"{model} carries no plan", hint="export it again")
     if as_json:

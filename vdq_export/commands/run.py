@@ -22,17 +22,27 @@ from vdq_export.verify import make_clips
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("clips"), show_default=True, help="Folder for GIF and PNG."
 )
+@click.option("--policy", help="Schedule policy otherwise than the bundle says, for example delta=0.3 or static:low.")
 @machine_readable
 @verbosity
 def run_command(
-    bundle: Path, model: str | None, clips: int, out: Path, as_json: bool, verbose: int, quiet: bool
+    bundle: Path,
+    model: str | None,
+    clips: int,
+    out: Path,
+    policy: str | None,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
 ) -> None:
     """Generate the same clips with the float model and with BUNDLE; write them side by side."""
     opened = Bundle.open(bundle)
+    if policy is not None:
+        opened.schedule.with_policy(policy)  # a bad one is refused before the model is loaded
     source = sources.resolve(model or opened.manifest.model.name)
     if source.sampler is None:
         raise ModelError(f"{source.name} has no sampler", hint="give the Model one to generate clips with it")
-    made = make_clips(opened, source, clips, reporter(verbose, quiet))
+    made = make_clips(opened, source, clips, reporter(verbose, quiet), policy=policy)
     labels = [source.sampler.describe(case) for case in range(clips)]
     paths = side_by_side(made.reference, made.quantized, labels, out)
     mean = made.mean_psnr_db()
