@@ -7,7 +7,7 @@ import sys
 
 from benchmarks.common import ROOT
 
-NAMES = ("quality", "speed", "footprint", "export_cost")
+NAMES = ("quality", "speed", "footprint", "export_cost", "solve_speed", "branch_cost")
 
 if __name__ == "__main__":
     for name in NAMES:
