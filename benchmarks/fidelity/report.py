@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.common import mean_error, plus_minus
 from benchmarks.fidelity import targets
-from benchmarks.fidelity.notes import why
+from benchmarks.fidelity.notes import why, why_out_of_order
 from benchmarks.fidelity.rows import TABLES, Row, Table
 from benchmarks.fidelity.run import Plan, error_file
 from benchmarks.fidelity.setting import Setting
@@ -146,7 +146,7 @@ def _order(table: Table, sample: str, found: Found) -> list[str]:
                 mean, error = mean_error(difference)
                 holds = mean > 0 if not error >= abs(mean) else None
                 verdict = {True: "holds", None: "within error", False: "does not hold"}[holds]
-                reason = f": {why(table.name, better, sample)}" if holds is False else ""
+                reason = f": {why_out_of_order(table.name)}" if holds is False else ""
                 told.append(f"{worse} < {better} {verdict} ({mean:+.2f} ± {error:.2f} dB){reason}")
     return [f"{sample}, the order of {table.source}: {'; '.join(told)}."] if told else []
 
