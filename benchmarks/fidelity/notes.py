@@ -42,11 +42,12 @@ _RANGES = (
 
 BELOW: dict[tuple[str, ...], str] = {
     ("w4a4", "SVDQuant + GPTQ"): _GPTQ,
-    **{("bits", f"static-asq {pair}"): _COARSE for pair in ("4/4", "4/6", "4/8", "4/16")},
-    **{("bits", f"static-tsq-tsw {pair}"): _FEW for pair in ("8/8", "6/8", "8/16", "6/6")},
+    **{("bits", f"static-asq {pair}"): _COARSE for pair in ("4/4", "4/6", "4/8", "4/16", "6/8", "6/6")},
+    **{("bits", f"static-tsq-tsw {pair}"): _FEW for pair in ("8/8", "6/8", "8/16", "6/6", "4/6", "4/8")},
     **{("ranges", label): _FEW for label in _RANGES},
     **{("bounds", f"{width} {row}"): _PBQ for width in ("W4A4", "W4A6") for row in ("PBQ", "PBQ + ARQ")},
     **{("switching", f"δ = {delta}"): _SWITCH for delta in ("0.05", "0.1", "0.2", "0.3", "0.5", "1")},
+    ("bounds", "W4A6 ARQ"): _SWITCH,
     ("switching", "ITP (high first half), bits of δ = 0.1"): _TAIL,
 }
 OUT_OF_ORDER = {"bits": _DYNAMIC, "switching": _SWITCH, "bounds": _PBQ, "w4a4": _GPTQ, "methods": _FEW}
