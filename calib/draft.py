@@ -8,6 +8,7 @@ With smoothing `tsq` each bin gets weights of its own: one draft a bin. Else one
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -54,7 +55,8 @@ def draft(network: Network, *, tsw: binning.Tsw = 1, optimal_bins: bool = False,
     base = check(recipe, spec)
     linears = graph.linears()
     kept = {x.name: why for x in linears if (why := keep_reason(x, recipe, spec))}
-    groups = by_value(linears, kept)
+    quantized = [x for x in linears if x.name not in kept]
+    groups = by_value(quantized, {x.name: x.value.name for x in quantized})
 
     def bins_for(transforms: Mapping[str, Transform]) -> tuple[tuple[Bin, ...], str]:
         watched = [binning.Watched(record.value(name), base.activation, transforms[name]) for name in groups]
@@ -95,12 +97,12 @@ def keep_reason(linear: Linear, recipe: Recipe, spec: TargetSpec) -> str:
     return ""
 
 
-def by_value(linears: Sequence[Linear], kept: Mapping[str, str]) -> dict[str, list[Linear]]:
-    """{value: the quantized linears that read it}, in graph order."""
+def by_value(linears: Sequence[Linear], values: Mapping[str, str]) -> dict[str, list[Linear]]:
+    """{value: the linears that read it}, in graph order. values: what each reads in the untouched graph, since
+    smoothing and rotation may have put nodes before them."""
     groups: dict[str, list[Linear]] = {}
     for linear in linears:
-        if linear.name not in kept:
-            groups.setdefault(linear.value.name, []).append(linear)
+        groups.setdefault(values[linear.name], []).append(linear)
     return groups
 
 
@@ -144,9 +146,9 @@ def _scaled(
     recipe = network.recipe
     scale, why = smoothing.after_rotation(group, transform, recipe.activations, recipe.weights.range, bins)
     if scale is None:
-        return Transform(transform.smoothing, turn, transform.smoothing_why, f"{transform.rotation_why}; {why}")
+        return dataclasses.replace(transform, rotation_why=f"{transform.rotation_why}; {why}")
     turned = replace(turn, scale=tuple(np.asarray(scale).tolist()), why=f"{turn.why}; {why}")
-    return Transform(transform.smoothing, turned, transform.smoothing_why, turned.why)
+    return dataclasses.replace(transform, rotation=turned, rotation_why=turned.why)
 
 
 def _unless_worse(
@@ -158,14 +160,12 @@ def _unless_worse(
     is large, that noise meets the large channel; smoothing before the rotation evens them out.
     """
     recipe = network.recipe
-    bare = Transform(rotated.smoothing, None, rotated.smoothing_why)
+    bare = dataclasses.replace(rotated, rotation=None)
     before, after = smoothing.output_errors(group, [bare, rotated], recipe.activations, recipe.weights.range, bins)
     numbers = f"output error {after:.2e} against {before:.2e} without"
     if after < before:
-        return Transform(
-            rotated.smoothing, rotated.rotation, rotated.smoothing_why, f"{rotated.rotation_why}; {numbers}"
-        )
-    return Transform(rotated.smoothing, None, rotated.smoothing_why, f"not rotated: {numbers} ({rotated.rotation_why})")
+        return dataclasses.replace(rotated, rotation_why=f"{rotated.rotation_why}; {numbers}")
+    return dataclasses.replace(bare, rotation_why=f"not rotated: {numbers} ({rotated.rotation_why})")
 
 
 def _provisional(network: Network, tsw: binning.Tsw) -> list[list[int]]:

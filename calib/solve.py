@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from vdq_export.calib import allocate, low_rank
 from vdq_export.calib.bins import bin_slots
+from vdq_export.calib.draft import by_value
 from vdq_export.calib.formats import LayerFormat, activation_grid, assign
 from vdq_export.calib.group import GroupTask, LayerWeights, solve_groups
 from vdq_export.calib.ranges import activation_range
@@ -53,7 +54,7 @@ def solve(
     kept = {layer.name: layer.keep_float for layer in draft.layers if not layer.quantized}
     values = {layer.name: layer.value for layer in draft.layers}
     linears = [x for x in graph.linears() if x.name not in kept]
-    grouped = _grouped(linears, values)
+    grouped = by_value(linears, values)
     formats = assign(grouped, recipe, spec, allocate.choose(draft, grouped, record, spec))
     ranks = low_rank.choose_ranks(linears, recipe.low_rank)
     groups = list(grouped.items())
@@ -78,7 +79,7 @@ def solve(
 def at_precision(plan: QuantPlan, record: CalibrationRecord, spec: TargetSpec, bits: int, first: int) -> QuantPlan:
     """`plan` with the same weights and `bits`-bit activations, as the high precision of a delta schedule; bins from
     `first`."""
-    settings = replace(plan.recipe.activations, clip=())
+    settings = plan.recipe.activations
     grid = activation_grid(plan.recipe, spec, bits)
     slots = [bin_slots(one, record.slots) for one in plan.bins]
     layers = []
@@ -90,14 +91,6 @@ def at_precision(plan: QuantPlan, record: CalibrationRecord, spec: TargetSpec, b
         layers.append(layer)
     bins = tuple(replace(one, index=first + number) for number, one in enumerate(plan.bins))
     return replace(plan, layers=tuple(layers), bins=bins, precision="high")
-
-
-def _grouped(linears: list[Linear], values: Mapping[str, str]) -> dict[str, list[Linear]]:
-    """By the value they read in the untouched graph: smoothing and rotation may have put nodes before them since."""
-    groups: dict[str, list[Linear]] = {}
-    for linear in linears:
-        groups.setdefault(values[linear.name], []).append(linear)
-    return groups
 
 
 def _task(
