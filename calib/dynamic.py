@@ -18,7 +18,7 @@ from vdq_export.calib.ranges import Grid, fake_quantize
 from vdq_export.graph import Array
 from vdq_export.plan import Dynamic, Range
 
-MX_BLOCK = 32
+MX_BLOCK = 32  # channels a scale in MXFP4 (OCP Microscaling Formats 1.0)
 _MX_EXPONENT = 2  # of the largest power of two among the E2M1 numbers
 _E8M0 = (-125, 127)  # it has -126 and -127 too, whose half is no normal float32
 _TINY = np.float32(np.finfo(np.float32).tiny)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from vdq_export.calib.dynamic import MX_BLOCK
 from vdq_export.calib.ranges import Grid
 from vdq_export.errors import RecipeError
 from vdq_export.graph import Linear
@@ -15,7 +16,6 @@ from vdq_export.plan import IntType
 from vdq_export.recipe import Recipe
 from vdq_export.target_spec import TargetSpec
 
-MX_BLOCK = 32  # channels a scale in MXFP4 (OCP Microscaling Formats 1.0)
 MX_QMAX = 12  # twice the largest E2M1 number
 
 

@@ -30,10 +30,11 @@ from vdq_export import compiler, sources, targets
 from vdq_export import recipe as recipes
 from vdq_export.calib import allocate
 from vdq_export.calib.allocate import Allocation
+from vdq_export.calib.draft import by_value
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.sensitivity import Candidate, LayerErrors, Table, measure
 from vdq_export.errors import RecipeError
-from vdq_export.graph import Graph, Linear
+from vdq_export.graph import Graph
 from vdq_export.model import Model
 from vdq_export.progress import Reporter
 from vdq_export.quality import Meter, calibrated
@@ -228,22 +229,14 @@ def measure_all(
             plan = part.plans[0]
             path = compiler.record_path(record, plan.expert)
             assert path is not None
-            groups = _grouped(part)
+            values = {layer.name: layer.value for layer in plan.layers if layer.quantized}
+            groups = by_value([x for x in part.graph.linears() if x.name in values], values)
             table = measure(plan, groups, CalibrationRecord.load(path), planned.spec, offered)
             layers += [_of_expert(layer, plan.expert) for layer in table.layers]
             advance(done + 1, len(planned.parts))
     if len({layer.name for layer in layers}) < len(layers):
         raise RecipeError(f"recipe {base.name} gives every bin its own weights", hint="choose smoothing other than tsq")
     return Table(tuple(offered), tuple(layers))
-
-
-def _grouped(part: compiler.Part) -> dict[str, list[Linear]]:
-    plans = {layer.name: layer for layer in part.plans[0].layers if layer.quantized}
-    groups: dict[str, list[Linear]] = {}
-    for linear in part.graph.linears():
-        if linear.name in plans:
-            groups.setdefault(plans[linear.name].value, []).append(linear)
-    return groups
 
 
 def _of_expert(layer: LayerErrors, expert: str) -> LayerErrors:
