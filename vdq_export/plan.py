@@ -143,6 +143,41 @@ class LayerPlan(_Data, frozen=True):
         return not self.keep_float
 
 
+class Conversion(_Data, frozen=True):
+    """A second quantizer behind a value's own, for the `readers` (node names) that take another type or range."""
+
+    dtype: IntType
+    ranges: tuple[Range, ...]  # one per bin
+    readers: tuple[str, ...]
+    why: str
+
+
+class ValuePlan(_Data, frozen=True):
+    """A float value of a graph in which every operator is quantized: its type, and one range a bin."""
+
+    name: str
+    dtype: IntType
+    ranges: tuple[Range, ...]
+    why: str
+    conversions: tuple[Conversion, ...] = ()
+
+
+class ConstantPlan(_Data, frozen=True):
+    """A float constant as the `readers` (node names) take it; weights of linears are in WeightPlan.
+
+    scale: one number, or one per index along `axis`; none for an int32 bias, whose scale is the bin's input scale times
+    that of the weight it is added beside.
+    """
+
+    name: str
+    dtype: IntType | Literal["int32"]
+    readers: tuple[str, ...]
+    why: str
+    scale: tuple[float, ...] = ()
+    zero_point: int = 0
+    axis: int | None = None
+
+
 class QuantPlan(_Data, frozen=True):
     """Everything a set of passes carries out. `graph_hash` ties it to the float graph it was made for.
 
@@ -162,6 +197,8 @@ class QuantPlan(_Data, frozen=True):
     expert: str = ""
     precision: Precision = ""
     draft: bool = False  # smoothing, rotation and bins are chosen, quantizers are not
+    values: tuple[ValuePlan, ...] = ()  # of targets that quantize every operator
+    constants: tuple[ConstantPlan, ...] = ()
     format: Literal[1] = 1
 
     def __post_init__(self) -> None:

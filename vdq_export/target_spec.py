@@ -25,7 +25,9 @@ class TargetSpec(msgspec.Struct, frozen=True, kw_only=True):
     activation_dtype, weight_dtype: bits -> ONNX integer type. weight_qmax: largest |q| of a weight (63 where the
     kernel's 16-bit pair sum would saturate). integer: (activation, weight) types that one kernel multiplies; the
     others run dequantized. groups: weight group sizes. grids: number grids beside integers. dynamic: may compute
-    statistics at run time. min_rows: linears over fewer rows stay float. hand_off: standard ops only.
+    statistics at run time. min_rows: linears over fewer rows stay float. hand_off: standard ops only, for another
+    toolchain. every_operator: values between linears are quantized too (QuantPlan.values). default_activations: bits
+    of activations unless the caller says otherwise; 0: the recipe's.
     """
 
     name: str
@@ -41,6 +43,8 @@ class TargetSpec(msgspec.Struct, frozen=True, kw_only=True):
     min_rows: int = 2
     dynamic: bool = False
     hand_off: bool = False
+    every_operator: bool = False
+    default_activations: Literal[0, 8, 16] = 0
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     isas: tuple[str, ...] = ()
     table: tuple[Capability, ...] = ()
