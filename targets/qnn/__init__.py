@@ -1,0 +1,70 @@
+"""Qualcomm Hexagon (HTP): QDQ ONNX in which every operator is quantized, for QNN's compiler.
+
+Activations in 16 bits by default, weights in 8 or 4 bits per output channel, attention operands symmetric in 16 bits;
+standard operators of rank 5 and less, static shapes. Inputs and outputs of the graphs stay float: their Q/DQ is inside,
+so that all bins have one signature. The rows below were tried with the compiler and the emulator that onnxruntime-qnn
+carries; the whole table, row by row with its trial, is targets/tables/qnn.toml, which `vdq-export lint` reads.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vdq_export.errors import UnknownNameError
+from vdq_export.plan import QuantPlan
+from vdq_export.target_spec import Capability, TargetSpec
+
+NAME = "qnn"
+FORMS = ()
+PASSES = ()
+ARCHS = ("v73", "v75", "v79", "v81")
+_TRIAL = "trial with onnxruntime-qnn 2.7.0, HTP emulator"
+TABLE = (
+    Capability(
+        subject="u16 or u8 activations x s8 or s4 weights per output channel", supported=True,
+        detail="MatMul, Gemm, Conv", source=_TRIAL,
+    ),
+    Capability(
+        subject="attention operands in u16", supported=False,
+        detail="accepted, but the second one is silently rounded to 8 bits: they are emitted in symmetric s16",
+        source=_TRIAL,
+    ),
+    Capability(
+        subject="LayerNormalization gamma in s8", supported=False, detail="refused; u8 passes", source=_TRIAL,
+    ),
+    Capability(
+        subject="activations computed at run time, 4- and 6-bit activations", supported=False,
+        detail="the HTP has 8- and 16-bit integers and no statistics", source=_TRIAL,
+    ),
+)  # fmt: skip
+
+
+def spec(isa: str | None = None) -> TargetSpec:
+    """isa: the HTP architecture; graphs are the same for all of them. Raises UnknownNameError for another one."""
+    chosen = isa or "v75"
+    if chosen not in ARCHS:
+        raise UnknownNameError("HTP architecture", chosen, ARCHS)
+    return TargetSpec(
+        name=NAME,
+        summary="Qualcomm Hexagon NPUs: every operator quantized, 16-bit activations, 8- or 4-bit weights",
+        isa=chosen,
+        activation_dtype={8: "uint8", 16: "uint16"},
+        weight_dtype={4: "int4", 8: "int8"},
+        weight_qmax={4: 7, 8: 127},
+        min_rows=1,
+        hand_off=True,
+        every_operator=True,
+        default_activations=16,
+        isas=ARCHS,
+        table=TABLE,
+    )
+
+
+def session_options(spec: TargetSpec) -> dict[str, str]:
+    """onnxruntime's own fusions would round what the HTP does not; without them its CPU results are the exact ones."""
+    return {"session.disable_quant_qdq": "1"}
+
+
+def integer_layers(optimised_model: Path, plan: QuantPlan) -> dict[str, bool]:
+    """onnxruntime's CPU provider only checks the numbers; on the HTP every planned operator runs in integers."""
+    return {}
