@@ -29,6 +29,7 @@ LAYERS = {
     "vdq_export.hadamard": 1,
     "vdq_export.number_grid": 1,
     "vdq_export.ort": 1,
+    "vdq_export.qnn_provider": 1,
     "vdq_export.contract": 1,
     "vdq_export.experts": 1,
     "vdq_export.model": 1,

@@ -61,3 +61,11 @@ class BundleError(VdqError):
 
 class ScheduleError(VdqError):
     """No graph is scheduled for the timestep or branch asked for."""
+
+
+class MissingToolError(VdqError):
+    """A vendor's tool that a job needs is not installed or does not load here."""
+
+
+class CompileError(VdqError):
+    """A vendor's compiler refused a graph; carries the tool's own words."""

@@ -1,0 +1,159 @@
+"""Sessions of the HTP compiler and emulator that onnxruntime-qnn carries, for one architecture.
+
+On Linux x86-64 creating a session compiles the graph for `arch`, and running it emulates that NPU (slow: a 2.5 M
+parameter graph takes about a second). Architectures other than ARCHS are refused here because the tool does not: it
+takes any number and falls back to the numerics of an old one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from vdq_export import qnn_provider
+from vdq_export.errors import CompileError, UnknownNameError
+from vdq_export.qnn_provider import PROVIDER, available
+from vdq_export.targets.qnn import ARCHS
+
+STRICT = "session.disable_cpu_ep_fallback"
+__all__ = ["ARCHS", "PROVIDER", "assignment", "available", "emulator", "left_over", "provider_options", "session"]
+
+_CAPTURE = threading.RLock()
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_NAMED = 8  # nodes listed in a message
+
+
+def provider_options(arch: str) -> dict[str, str]:
+    """What every session for `arch` needs; the graph's own Q/DQ of inputs and outputs then runs on the HTP too.
+
+    Raises UnknownNameError for an architecture that is not in ARCHS, MissingToolError without onnxruntime-qnn.
+    """
+    if arch not in ARCHS:
+        raise UnknownNameError("HTP architecture", arch, ARCHS)
+    return {
+        "backend_path": qnn_provider.htp_library(),
+        "htp_arch": arch.removeprefix("v"),
+        "offload_graph_io_quantization": "0",
+    }
+
+
+def session(model: Path | bytes, options: Mapping[str, str], entries: Mapping[str, str]) -> ort.InferenceSession:
+    """A session of the provider alone. options: the provider's; entries: onnxruntime's session config entries.
+
+    What the backend writes to stdout and stderr meanwhile is held back; its errors are in the CompileError.
+    """
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    for key, value in entries.items():
+        settings.add_session_config_entry(key, value)
+    settings.add_provider_for_devices(qnn_provider.devices(), dict(options))
+    source = model if isinstance(model, bytes) else str(model)
+    said: list[str] = []
+    try:
+        with _held_back(said):
+            return ort.InferenceSession(source, settings)
+    except Exception as error:  # onnxruntime's own errors have no common class
+        raise CompileError(_words(error, said)) from error
+
+
+def emulator(
+    model: Path | bytes,
+    arch: str = "v75",
+    *,
+    strict: bool = True,
+    dump_json: Path | None = None,
+    options: Mapping[str, str] = {},
+) -> ort.InferenceSession:
+    """Compile `model` for `arch`; running the session emulates it.
+
+    strict: every node goes to the HTP, or CompileError names those that do not. dump_json: a folder for the backend's
+    own description of the graphs (tensors with types, scales and offsets). options: further provider options.
+    Raises CompileError with the tool's own message.
+    """
+    chosen = {**provider_options(arch), **options}
+    if dump_json is not None:
+        dump_json.mkdir(parents=True, exist_ok=True)
+        chosen |= {"dump_json_qnn_graph": "1", "json_qnn_graph_dir": str(dump_json)}
+    try:
+        return session(model, chosen, {STRICT: "1"} if strict else {})
+    except CompileError as error:
+        if "fallback to CPU EP has been explicitly disabled" not in str(error):
+            raise
+        nodes = left_over(session(model, chosen, {}))  # a second time, now to be told which they are
+        raise _refused(nodes) from error
+
+
+def assignment(session: ort.InferenceSession) -> dict[str, list[str]]:
+    """Provider name -> its nodes, as "OpType name"; sessions made here record it."""
+    found: dict[str, list[str]] = {}
+    for part in session.get_provider_graph_assignment_info():
+        found.setdefault(part.ep_name, []).extend(f"{node.op_type} {node.name}" for node in part.get_nodes())
+    return found
+
+
+def left_over(session: ort.InferenceSession) -> list[str]:
+    """The nodes of a session that do not run on the HTP."""
+    return [node for provider, nodes in assignment(session).items() if provider != PROVIDER for node in nodes]
+
+
+def require_all_on_htp(session: ort.InferenceSession, graph: str = "") -> None:
+    """Raises CompileError naming the nodes of `graph` that the HTP does not take."""
+    if nodes := left_over(session):
+        raise _refused(nodes, graph)
+
+
+def _refused(nodes: Sequence[str], graph: str = "") -> CompileError:
+    more = f" and {len(nodes) - _NAMED} more" if len(nodes) > _NAMED else ""
+    where = f" of {graph}" if graph else ""
+    return CompileError(
+        f"{len(nodes)} nodes{where} do not run on the HTP: {', '.join(nodes[:_NAMED])}{more}",
+        hint="`vdq-export lint --for qnn` says why and what to change",
+    )
+
+
+def _words(error: Exception, said: Sequence[str]) -> str:
+    """The exception's message, then the errors the backend logged on the way to it."""
+    logged = [_COLOURS.sub("", line) for line in "".join(said).splitlines() if "[E:" in line or "[ERROR]" in line]
+    causes = dict.fromkeys(line.split("] ", 1)[-1].strip() for line in logged)
+    message = " ".join(str(error).split())
+    return "; ".join([message, *(cause for cause in causes if cause not in message)][:4])
+
+
+@contextmanager
+def _held_back(said: list[str]) -> Iterator[None]:
+    """Redirect file descriptors 1 and 2, which the backend writes to past Python; the text is appended to `said`."""
+    with _CAPTURE, tempfile.TemporaryFile() as catch:
+        saved: list[tuple[int, int]] = []
+        flush: Any = ctypes.CDLL(None).fflush  # the backend's lines wait in C's buffers
+        _flush_python()
+        flush(None)
+        try:
+            for descriptor in (1, 2):
+                saved.append((descriptor, os.dup(descriptor)))
+                os.dup2(catch.fileno(), descriptor)
+            yield
+        finally:
+            _flush_python()
+            flush(None)
+            for descriptor, original in saved:
+                os.dup2(original, descriptor)
+                os.close(original)
+            catch.seek(0)
+            said.append(catch.read().decode("utf-8", "replace"))
+
+
+def _flush_python() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()

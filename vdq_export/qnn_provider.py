@@ -1,0 +1,62 @@
+"""onnxruntime's QNN provider (package onnxruntime-qnn): found, and registered once in a process.
+
+On Linux x86-64 its HTP library is the offline compiler with an emulator behind it; on a Snapdragon it drives the NPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from types import ModuleType
+from typing import Any
+
+import onnxruntime as ort
+
+from vdq_export.errors import MissingToolError
+
+PROVIDER = "QNNExecutionProvider"
+_LOCK = threading.Lock()
+
+
+def available() -> bool:
+    """Whether onnxruntime-qnn is installed here (it is not loaded by asking)."""
+    return importlib.util.find_spec("onnxruntime_qnn") is not None
+
+
+def devices() -> list[Any]:
+    """onnxruntime's devices of the provider: the NPU where there is one, else the one that stands for the emulator.
+
+    For SessionOptions.add_provider_for_devices. Raises MissingToolError without the package, or where it cannot load.
+    """
+    package = _package()
+    with _LOCK:
+        found = _registered()
+        if not found:
+            try:
+                ort.register_execution_provider_library(PROVIDER, package.get_library_path())
+            except Exception as error:  # onnxruntime's own errors have no common class
+                raise MissingToolError(f"onnxruntime-qnn does not load: {error}") from error
+            found = _registered()
+    npu = [device for device in found if device.device.type == ort.OrtHardwareDeviceType.NPU]
+    if not found:
+        raise MissingToolError("onnxruntime-qnn is installed, but finds nothing to compile for")
+    return npu or found
+
+
+def htp_library() -> str:
+    """Path of the HTP library, for the provider option "backend_path"."""
+    path: str = _package().get_qnn_htp_path()
+    return path
+
+
+def _registered() -> list[Any]:
+    return [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
+
+
+def _package() -> ModuleType:
+    try:
+        return importlib.import_module("onnxruntime_qnn")
+    except ImportError as error:
+        raise MissingToolError(
+            "onnxruntime-qnn is not installed", hint="pip install 'vdq-export[qnn]' (Linux x86-64)"
+        ) from error
