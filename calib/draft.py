@@ -88,7 +88,12 @@ def draft(network: Network, *, tsw: binning.Tsw = 1, optimal_bins: bool = False,
 
 
 def keep_reason(linear: Linear, recipe: Recipe, spec: TargetSpec) -> str:
-    """Why a layer stays in float, or nothing. The first matching rule of the recipe is named."""
+    """Why a layer stays in float, or nothing. The first matching rule of the recipe is named.
+
+    A target that leaves no operator in float gives those layers the most bits it has instead (formats.assign).
+    """
+    if spec.every_operator:
+        return ""
     for rule in recipe.keep_float:
         if fnmatchcase(linear.name, rule.match):
             return f"{rule.why} (recipe: {rule.match})"

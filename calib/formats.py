@@ -99,11 +99,20 @@ def assign(
     """
     formats = {}
     for members in groups.values():
-        wishes = [allocated.get(x.name) or asked(x.name, recipe) for x in members]
+        wishes = [_finest(x.name, recipe, spec) or allocated.get(x.name) or asked(x.name, recipe) for x in members]
         activations = max(wish.activations for wish in wishes)
         for linear, wish in zip(members, wishes, strict=True):
             formats[linear.name] = _format(linear, wish, activations, recipe, spec)
     return formats
+
+
+def _finest(layer: str, recipe: Recipe, spec: TargetSpec) -> Allocated | None:
+    """The most bits there are, for a layer that the recipe keeps in float on a target that keeps none."""
+    rule = next((keep for keep in recipe.keep_float if fnmatchcase(layer, keep.match)), None)
+    if rule is None or not spec.every_operator:
+        return None
+    why = f"most bits of {spec.name}, which has no float: {rule.why} (recipe: {rule.match})"
+    return Allocated(max(spec.weight_dtype), max(spec.activation_dtype), why)
 
 
 def _format(linear: Linear, wish: Allocated, activations: int, recipe: Recipe, spec: TargetSpec) -> LayerFormat:

@@ -58,7 +58,7 @@ def observe(
     sessions = [_Session(graph, names, inputs, threads) for names in _chunks(watched, set(inputs), limit)]
     seen: dict[str, dict[Slot, _Statistics]] = {w.name: {} for w in watched}
     done = 0
-    for step, total in _steps(model):
+    for step, total in iter_steps(model):
         slot = Slot(float(step["t"]), step["branch"])
         feeds = step_feeds(step, sessions[0].dtypes, slot)
         for session in sessions:
@@ -143,7 +143,7 @@ class _Session:
             raise CalibrationError(f"the float graph fails at {slot}: {error}") from error
 
 
-def _steps(model: Model) -> Iterator[tuple[Step, int | None]]:
+def iter_steps(model: Model) -> Iterator[tuple[Step, int | None]]:
     trajectories = model.iter_trajectories()
     total = None
     for trajectory in trajectories:

@@ -24,14 +24,13 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PlanError
-from vdq_export.graph import Array, Graph, Node, Value
+from vdq_export.graph import Graph, Node, Value
 from vdq_export.match import made_by
-from vdq_export.number_grid import numpy_type
+from vdq_export.passes import _quantizers
 from vdq_export.plan import INT_RANGE, LayerPlan
 
 NAME = "qdq"
 AFTER = ("quantize_weights",)
-_INT32 = 2**31 - 1
 
 
 class _Quantizer(NamedTuple):
@@ -55,6 +54,9 @@ def run(graph: Graph, context: PassContext) -> PassReport:
     report = PassReport(NAME)
     plan = context.plan
     if plan is None or context.bin is None:
+        return report
+    if plan.values:
+        report.details.append("every operator is quantized: see qdq_values")
         return report
     place = plan.place(context.bin)
     weights = {node.name: node for node in graph.nodes if node.op == "DequantizeLinear"}
@@ -90,19 +92,14 @@ def _quantizer(layer: LayerPlan, place: int, switched: bool) -> _Quantizer:
 def _round_trip(graph: Graph, value: Value, quantizer: _Quantizer) -> Value:
     """DequantizeLinear(QuantizeLinear(value)), per tensor."""
     base, shape = value.name.removesuffix("/Rows"), list(value.shape)
-    integer = numpy_type(quantizer.dtype)
     if quantizer.clipped:
         ends = zip(("lowest", "highest"), quantizer.bounds, strict=True)
         bounds = [graph.constant(graph.fresh(f"{base}.{name}"), np.array(bound)) for name, bound in ends]
         name = graph.fresh(f"{base}/Clip")
         value = graph.add_node("Clip", [value, *bounds], name, dtype=np.float32, shape=shape)
-    parameters = [
-        graph.constant(graph.fresh(f"{base}.scale"), np.array(quantizer.scale, np.float32)),
-        graph.constant(graph.fresh(f"{base}.zero_point"), np.array(quantizer.zero_point, integer)),
-    ]
-    names = graph.fresh(f"{base}/Quantize"), graph.fresh(f"{base}/Dequantize")
-    q = graph.add_node("QuantizeLinear", [value, *parameters], names[0], dtype=integer, shape=shape)
-    return graph.add_node("DequantizeLinear", [q, *parameters], names[1], dtype=np.float32, shape=shape)
+    return _quantizers.round_trip(
+        graph, value, _quantizers.Quantizer(quantizer.scale, quantizer.zero_point, quantizer.dtype), base
+    )
 
 
 def _quantize_bias(graph: Graph, gemm: Node, layer: LayerPlan, scale: np.float32) -> None:
@@ -112,7 +109,7 @@ def _quantize_bias(graph: Graph, gemm: Node, layer: LayerPlan, scale: np.float32
     grid = (scale * weight_scale).astype(np.float32)
     path = layer.name
     operands = [
-        graph.constant(f"{path}.bias.int32", _to_int32(bias, grid, path)),
+        graph.constant(f"{path}.bias.int32", _quantizers.to_int32(bias, grid, f"layer {path}")),
         graph.constant(f"{path}.bias.scale", grid),
     ]
     name, shape = graph.fresh(f"{path}/Bias"), [layer.shape[1]]
@@ -121,10 +118,3 @@ def _quantize_bias(graph: Graph, gemm: Node, layer: LayerPlan, scale: np.float32
         gemm.inputs[2] = restored
     else:
         gemm.inputs.append(restored)
-
-
-def _to_int32(bias: Array, grid: Array, layer: str) -> Array:
-    q = np.rint(bias.astype(np.float64) / grid)
-    if np.abs(q).max(initial=0.0) > _INT32:
-        raise PlanError(f"layer {layer}: its bias does not fit 32 bits", hint="its input range is far too small for it")
-    return q.astype(np.int32)

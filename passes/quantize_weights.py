@@ -11,8 +11,9 @@ elsewhere, and for groups and MXFP4, whose scales no such kernel takes:
 
 q is what the plan's tensors hold, or the nearest level of the plan's grid. It costs what rounding costs; everything
 else is exact. Gemm, because its int32 bias is what onnxruntime's integer kernel with float output (QGemm) asks for; the
-Reshape of a value that several linears read is made once. MatMul gets a bias of zeros where it has none: onnxruntime
-then runs it in float, where it would take a MatMul alone for an integer one, block scales or not, and fail.
+Reshape of a value that several linears read is made once. MatMul gets a bias of zeros where it has none (not on targets
+that quantize every operator: they are for other runtimes): onnxruntime then runs it in float, where it would take a
+MatMul alone for an integer one, block scales or not, and fail.
 Runs once for all bins, so that their graphs hold the same arrays; one layer at a time, in chunks.
 """
 
@@ -48,7 +49,7 @@ def run(graph: Graph, context: PassContext) -> PassReport:
             if runs_in_integers(layer, None if context.spec is None else context.spec.integer):
                 _to_gemm(graph, linear, weight, flat)
             else:
-                _to_matmul(graph, linear, weight)
+                _to_matmul(graph, linear, weight, bare=context.spec is not None and context.spec.every_operator)
             report.did(layer.name)
         elif f"{layer.name}/Weight" not in done:
             raise PlanError(f"the plan quantizes {layer.name}, which the graph does not have")
@@ -103,9 +104,9 @@ def _tensor(context: PassContext, layer: str, what: str, shape: tuple[int, int])
     return found
 
 
-def _to_matmul(graph: Graph, linear: Linear, weight: Value) -> None:
+def _to_matmul(graph: Graph, linear: Linear, weight: Value, *, bare: bool) -> None:
     linear.matmul.inputs[1] = weight
-    if linear.bias is None:
+    if linear.bias is None and not bare:
         output, path = linear.matmul.outputs[0], linear.name
         zeros = graph.constant(f"{path}.bias.zeros", np.zeros(linear.shape[1], np.float32))
         name = graph.fresh(f"{path}/Add")

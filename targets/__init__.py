@@ -1,7 +1,8 @@
 """Deployment targets, one a file or folder, found by listing this folder.
 
 A target module has NAME, PASSES (its own passes, after `qdq`), `spec(isa=None) -> TargetSpec`,
-`session_options(spec) -> dict` and `integer_layers(optimised_model, plan) -> {layer: bool}`.
+`session_options(spec) -> dict` and `integer_layers(optimised_model, plan) -> {layer: bool}`. It may have FORMS (exact
+rewrites of the float graph that its compiler needs, before calibration).
 """
 
 from __future__ import annotations
@@ -27,3 +28,9 @@ def load(name: str) -> ModuleType:
     if name not in known:
         raise UnknownNameError("target", name, known)
     return known[name]
+
+
+def forms(name: str) -> tuple[str, ...]:
+    """The canonical forms that a target wants beside everybody's, in order."""
+    found: tuple[str, ...] = getattr(load(name), "FORMS", ())
+    return found

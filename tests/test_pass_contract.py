@@ -34,9 +34,10 @@ FOLDER = Path(passes.__path__[0])
 FILES = sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_"))
 STANDARD = (*pipeline.CANONICAL, *pipeline.FLOAT, *pipeline.SHARED, *pipeline.PER_BIN)
 OWN = {name: tuple(module.PASSES) for name, module in targets.catalogue().items()}
+FORMS = {name: targets.forms(name) for name in OWN}
 # Exact in real numbers, so what differs is float32 rounding: about 1e-6 of the largest output at these widths.
 FLOAT_TOLERANCE = 1e-5
-FLOAT_PASSES = [n for n in FILES if n in (*pipeline.CANONICAL, *pipeline.FLOAT)]
+FLOAT_PASSES = [n for n in FILES if n in (*pipeline.CANONICAL, *pipeline.FLOAT, *sum(FORMS.values(), ()))]
 FIRES = {*pipeline.CANONICAL, "smoothing", "rotation", "quantize_weights", "qdq"}
 
 
@@ -58,6 +59,9 @@ def order_of(name: str) -> tuple[str, ...]:
     """The list a pass stands in: the standard one, or that of the target that uses it."""
     if name in STANDARD:
         return STANDARD
+    for target, forms in FORMS.items():
+        if name in forms:
+            return (*pipeline.canonical(target), *STANDARD[len(pipeline.CANONICAL) :])
     return next((*STANDARD, *own) for own in OWN.values() if name in own)
 
 
@@ -132,17 +136,19 @@ def test_docstring_has_the_algebra_and_its_price(name: str) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_pass_stands_in_the_order_exactly_once(name: str) -> None:
     listed = Counter(STANDARD)
-    for own in OWN.values():
+    everybodys = [*OWN.values(), *FORMS.values()]
+    for own in everybodys:
         listed.update(set(own))
         assert max(Counter(own).values(), default=1) == 1
-    homes = sum(name in own for own in OWN.values())
+    homes = sum(name in own for own in everybodys)
     assert listed[name] == 1 or (name not in STANDARD and homes >= 1), "one line in pipeline.py or a target"
 
 
 def test_order_satisfies_every_pass() -> None:
     pipeline.check_order(STANDARD)
-    for own in OWN.values():
+    for target, own in OWN.items():
         pipeline.check_order(own, known_before=STANDARD)
+        pipeline.check_order(pipeline.canonical(target))
 
 
 def test_a_wrong_order_is_refused() -> None:

@@ -20,6 +20,7 @@ from vdq_export.calib.observe import observe
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.solve import Solved, at_precision, solve
 from vdq_export.calib.step_reuse import Learnt, learn
+from vdq_export.calib.values import observe_values, plan_values
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import CalibrationError, ModelError, PassError
 from vdq_export.graph import Graph
@@ -114,17 +115,20 @@ def make_plan(
     recipe: str | Recipe,
     tsw: int | str | None = None,
     isa: str | None = None,
+    activations: int | None = None,
     **choices: Any,
 ) -> Planned:
     """Everything that looks at data.
 
-    choices: optimal_bins; calibration: a saved record to use instead of running the model; save_calibration; workers:
+    activations: their bits, by default the target's, or the recipe's where the target has none of its own. choices: optimal_bins; calibration: a saved record to use instead of running the model; save_calibration; workers:
     processes that solve layers; traced: {expert, "" for the only network: its graph} if there are any already (they
     are edited); dump; reporter.
     """
     chosen = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     count = None if tsw is None else _bin_count(tsw)
-    settings = _Settings(targets.load(target).spec(isa), chosen, count, **choices)  # cheap refusals first
+    spec = targets.load(target).spec(isa)
+    chosen = _with_activations(chosen, activations or spec.default_activations)
+    settings = _Settings(spec, chosen, count, **choices)  # cheap refusals first
     model = sources.resolve(model)
     for expert, _ in model.networks():
         place = record_path(settings.calibration, expert)
@@ -195,7 +199,7 @@ def _plan_network(
     recipe = settings.recipe.of_expert(expert) if expert else settings.recipe
     with reporter.stage(f"trace {expert}".strip()):
         graph = settings.traced[expert] if expert in settings.traced else trace(model)
-    reports = pipeline.run_passes(graph, pipeline.CANONICAL, PassContext(spec=spec), dump=dump)
+    reports = pipeline.run_passes(graph, pipeline.canonical(spec.name), PassContext(spec=spec), dump=dump)
     record = _record(graph, model, expert, settings)
     probe = None if recipe.schedule.cache is None else learn(graph, model)
     network = Network(graph, record, recipe, spec, expert, limits)
@@ -209,8 +213,22 @@ def _plan_network(
             told = pipeline.run_passes(floated, pipeline.FLOAT, PassContext(one, None, spec), dump=dump)
             reports += told if number == 0 else []
             solved = solve(one, floated, record, spec, workers=settings.workers, progress=advance)
-            parts.append(Part(floated, _precisions(solved, record, spec, count), solved.tensors, probe))
+            plans = _precisions(solved, record, spec, count)
+            if spec.every_operator:
+                plans = _plan_values(plans, floated, model, solved, settings)
+            parts.append(Part(floated, plans, solved.tensors, probe))
     return parts, reports
+
+
+def _plan_values(
+    plans: tuple[QuantPlan, ...], floated: Graph, model: Model, solved: Solved, settings: _Settings
+) -> tuple[QuantPlan, ...]:
+    """The plans with ranges of every value, observed where quantization will find it: behind the low-rank branches."""
+    graph = floated.copy()
+    pipeline.run_passes(graph, ("low_rank",), PassContext(plans[0], None, settings.spec, solved.tensors))
+    with settings.reporter.stage("observe values") as advance:
+        extremes = observe_values(graph, model, progress=advance)
+    return tuple(plan_values(plan, graph, extremes, settings.spec) for plan in plans)
 
 
 def _precisions(solved: Solved, record: CalibrationRecord, spec: TargetSpec, count: int) -> tuple[QuantPlan, ...]:
@@ -220,6 +238,14 @@ def _precisions(solved: Solved, record: CalibrationRecord, spec: TargetSpec, cou
         return (plan,)
     high = at_precision(plan, record, spec, wanted.high, first=plan.bins[0].index + count)
     return msgspec.structs.replace(plan, precision="low"), high
+
+
+def _with_activations(recipe: Recipe, bits: int) -> Recipe:
+    """`recipe` with activations of so many bits; 0: its own."""
+    if not bits or bits == recipe.activations.bits:
+        return recipe
+    activations: Any = msgspec.structs.replace(recipe.activations, bits=bits)
+    return msgspec.structs.replace(recipe, activations=activations)
 
 
 def _bin_count(tsw: int | str) -> Tsw:

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from vdq_export import targets
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PassError, UnknownNameError
 from vdq_export.graph import Graph
@@ -30,8 +31,14 @@ SHARED = (  # on the weights, once for all bins
 )
 PER_BIN = (
     "qdq",  # last of the standard rewrites of static targets: they fuse around what it inserted
+    "qdq_values",  # what is left: every other value, on targets that leave no operator in float
     "dynamic_quantize",  # the layers qdq leaves: those whose plan computes parameters at run time
 )
+
+
+def canonical(target: str) -> tuple[str, ...]:
+    """Everybody's canonical forms and those that `target` wants beside them."""
+    return (*CANONICAL, *targets.forms(target))
 
 
 def load_pass(name: str) -> ModuleType:

@@ -76,7 +76,7 @@ def verify(
             graph = trace(network, tolerance=thresholds.max_float_error)
         _check_identity(bundle, model, graph.source)
         spec = targets.load(bundle.manifest.target).spec(bundle.manifest.isa)
-        pipeline.run_passes(graph, pipeline.CANONICAL, PassContext(spec=spec))
+        pipeline.run_passes(graph, pipeline.canonical(spec.name), PassContext(spec=spec))
         steps = _first_trajectory(network)
         for plan in (p for p in bundle.plans if p.expert == expert):
             # Smoothed and rotated, too: what is folded into a producer changes what that layer puts out, in float and

@@ -15,7 +15,7 @@ from vdq_export.plan import QuantPlan
 from vdq_export.target_spec import Capability, TargetSpec
 
 NAME = "qnn"
-FORMS = ()
+FORMS = ("rank_limit", "square")
 PASSES = ()
 ARCHS = ("v73", "v75", "v79", "v81")
 _TRIAL = "trial with onnxruntime-qnn 2.7.0, HTP emulator"
@@ -25,8 +25,8 @@ TABLE = (
         detail="MatMul, Gemm, Conv", source=_TRIAL,
     ),
     Capability(
-        subject="attention operands in u16", supported=False,
-        detail="accepted, but the second one is silently rounded to 8 bits: they are emitted in symmetric s16",
+        subject="products of two activations in u16", supported=False,
+        detail="accepted, but the second one is silently rounded to 8 bits: it is emitted in symmetric s16",
         source=_TRIAL,
     ),
     Capability(

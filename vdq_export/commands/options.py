@@ -38,6 +38,11 @@ planning = together(
     click.option(
         "--recipe", default="static-asq", show_default=True, help="Recipe name or TOML file; see `vdq-export recipes`."
     ),
+    click.option(
+        "--activations",
+        type=click.IntRange(min=1),
+        help="Bits of activations; by default the target's or the recipe's.",
+    ),
     click.option("--budget", metavar="TEXT", help="Search bits per layer: size=4.2bit, bops=32 or quality=35dB."),
     click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the recipe that the search found here."),
     click.option("--workers", type=click.IntRange(min=1), help="Processes that solve layers; by default one a core."),

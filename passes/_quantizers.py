@@ -1,0 +1,41 @@
+"""Q/DQ pairs, as the passes that place them write them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from vdq_export.errors import PlanError
+from vdq_export.graph import Array, Graph, Value
+from vdq_export.number_grid import numpy_type
+
+_INT32 = 2**31 - 1
+
+
+class Quantizer(NamedTuple):
+    """A per-tensor quantizer: q = clip(round(x / scale) + zero_point) in `dtype`."""
+
+    scale: float
+    zero_point: int
+    dtype: str
+
+
+def round_trip(graph: Graph, value: Value, quantizer: Quantizer, base: str) -> Value:
+    """DequantizeLinear(QuantizeLinear(value)); `base` begins the names of what is new."""
+    integer, shape = numpy_type(quantizer.dtype), list(value.shape)
+    parameters = [
+        graph.constant(graph.fresh(f"{base}.scale"), np.array(quantizer.scale, np.float32)),
+        graph.constant(graph.fresh(f"{base}.zero_point"), np.array(quantizer.zero_point, integer)),
+    ]
+    names = graph.fresh(f"{base}/Quantize"), graph.fresh(f"{base}/Dequantize")
+    q = graph.add_node("QuantizeLinear", [value, *parameters], names[0], dtype=integer, shape=shape)
+    return graph.add_node("DequantizeLinear", [q, *parameters], names[1], dtype=np.float32, shape=shape)
+
+
+def to_int32(values: Array, grid: Array, where: str) -> Array:
+    """round(values / grid); raises PlanError when that does not fit 32 bits."""
+    q = np.rint(values.astype(np.float64) / grid)
+    if np.abs(q).max(initial=0.0) > _INT32:
+        raise PlanError(f"{where}: its bias does not fit 32 bits", hint="its input range is far too small for it")
+    return q.astype(np.int32)
