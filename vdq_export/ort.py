@@ -19,10 +19,12 @@ def session(
     threads: int | None = None,
     options: Mapping[str, str] | None = None,
     optimised_path: str | None = None,
+    exact: bool = False,
 ) -> ort.InferenceSession:
     """A CPU session of `graph`; `outputs` names inner values to return as well.
 
-    options: onnxruntime session config entries. optimised_path: write the optimised graph there.
+    options: onnxruntime session config entries. optimised_path: write the optimised graph there. exact: every operator
+    as it stands, none fused or replaced by an integer kernel.
     """
     proto, arrays = graph.skeleton()
     declared = {o.name for o in proto.graph.output}
@@ -32,6 +34,8 @@ def session(
             proto.graph.output.append(infos.get(name, onnx.ValueInfoProto(name=name)))
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
+    if exact:
+        settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads:
         settings.intra_op_num_threads = threads
     for key, value in (options or {}).items():
