@@ -42,6 +42,7 @@ _COMMANDS = {
     "plan": ("plan", "plan_command"),
     "diff": ("diff", "diff_command"),
     "inspect": ("inspect", "inspect_command"),
+    "lint": ("lint", "lint_command"),
     "recipes": ("catalogue", "recipes_command"),
     "targets": ("catalogue", "targets_command"),
 }

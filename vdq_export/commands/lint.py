@@ -1,0 +1,75 @@
+"""vdq-export lint PATH: will the consumer of a hand-off take it? Exit 1 when something must be changed first."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from vdq_export.bundle import Bundle, is_bundle
+from vdq_export.commands.options import machine_readable
+from vdq_export.lint import LintReport, lint_bundle, lint_file
+from vdq_export.lint.report import Finding
+
+NODES = 6  # shown of those that break one rule in the same way
+
+
+@click.command("lint")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--for", "profile", help="Consumer, such as qnn-v75; by default the one the bundle was made for.")
+@click.option("--sarif", type=click.Path(path_type=Path), help="Also write SARIF 2.1.0 here.")
+@machine_readable
+@click.pass_context
+def lint_command(ctx: click.Context, path: Path, profile: str | None, sarif: Path | None, as_json: bool) -> None:
+    """Check PATH, a bundle or an .onnx file, against what its consumer takes, without the consumer's tools."""
+    report = lint(path, profile)
+    if sarif:
+        sarif.write_bytes(report.to_sarif())
+    click.echo(report.to_json(), nl=False) if as_json else print_report(report, Console())
+    if report.errors:
+        ctx.exit(1)
+
+
+def lint(path: Path, profile: str | None) -> LintReport:
+    """Raises VdqError for what is neither a bundle nor a readable .onnx file, and for unknown profiles."""
+    if is_bundle(path) or path.is_dir():
+        return lint_bundle(Bundle.open(path, verify_hashes=False), profile)
+    if profile is None:
+        raise click.UsageError("an .onnx file does not say who takes it: give --for, such as --for qnn-v75")
+    return lint_file(path, profile)
+
+
+def print_report(report: LintReport, console: Console) -> None:
+    for (rule, message), found in groupby(report.findings, key=lambda one: (one.rule, _shape_of(one))):
+        _print_group(rule, message, list(found), console)
+    counts = f"{_count(len(report.errors), 'error')}, {_count(len(report.warnings), 'warning')}"
+    console.print(f"{counts} for {report.profile} ({report.consumer}) in {_count(len(report.graphs), 'graph')}")
+
+
+def _print_group(rule: str, message: str, found: list[Finding], console: Console) -> None:
+    first = found[0]
+    console.print(f"[bold]{first.severity}[/bold] {rule} ({first.kind}), {_count(len(found), 'node')}", highlight=False)
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    files = sorted({file for one in found for file in one.files})
+    rows = [(one.node or "the graph", one.message) for one in found[:NODES]]
+    for label, text in rows:
+        table.add_row("at", f"{label}: {text}")
+    if len(found) > NODES:
+        table.add_row("", f"… and {len(found) - NODES} more, see --json")
+    for label, text in (("in", ", ".join(files)), ("why", first.why), ("do", first.fix), ("from", first.source)):
+        table.add_row(label, text)
+    console.print(table, markup=False)
+
+
+def _shape_of(finding: Finding) -> str:
+    """Findings of one rule and operator are shown together."""
+    return finding.op
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
