@@ -7,7 +7,7 @@ Legend: scale, z: of this bin; s_x, s_w: scales of a Conv's input and weight.
     reader(x)  that takes another type or range
       ->  reader(DequantizeLinear(QuantizeLinear(x̂)))
     Conv(x, w, b)
-      ->  Conv(x̂, DequantizeLinear(q_w, s_w[N]), DequantizeLinear(q_b, s_x·s_w))      q_b = round(b / (s_x·s_w)) in int32
+      ->  Conv(x̂, DequantizeLinear(q_w, s_w[N]), DequantizeLinear(q_b, s_x·s_w))   q_b = round(b / (s_x·s_w)), int32
 
 It costs what rounding to the plan's grids costs. The pair stands behind whatever makes x, once, so that each operator
 lies between dequantized inputs and a quantized output: one integer operator to a compiler. Inputs and outputs of the

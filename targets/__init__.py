@@ -2,7 +2,8 @@
 
 A target module has NAME, PASSES (its own passes, after `qdq`), `spec(isa=None) -> TargetSpec`,
 `session_options(spec) -> dict` and `integer_layers(optimised_model, plan) -> {layer: bool}`. It may have FORMS (exact
-rewrites of the float graph that its compiler needs, before calibration).
+rewrites of the float graph that its compiler needs, before calibration) and `hand_off(writer, {path: graph})`, which
+writes its files below handoff/.
 """
 
 from __future__ import annotations

@@ -40,6 +40,7 @@ LAYERS = {
     "vdq_export.passes": 2,
     "vdq_export.targets": 3,
     "vdq_export.lint": 3,
+    "vdq_export.hand_off": 4,
     "vdq_export.pipeline": 3,
     "vdq_export.trace": 3,
     "vdq_export.sources": 3,

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from vdq_export import pipeline, sources, targets
+from vdq_export import hand_off, pipeline, sources, targets
 from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter, signature_of
@@ -120,7 +120,8 @@ def make_plan(
 ) -> Planned:
     """Everything that looks at data.
 
-    activations: their bits, by default the target's, or the recipe's where the target has none of its own. choices: optimal_bins; calibration: a saved record to use instead of running the model; save_calibration; workers:
+    activations: their bits, by default the target's, or the recipe's where the target has none of its own.
+    choices: optimal_bins; calibration: a saved record to use instead of running the model; save_calibration; workers:
     processes that solve layers; traced: {expert, "" for the only network: its graph} if there are any already (they
     are edited); dump; reporter.
     """
@@ -154,25 +155,27 @@ def finish(
 ) -> Bundle:
     """From plan to bundle: quantize every bin's graph into `writer` and commit it. Raises PassError with `strict`."""
     reporter = reporter or Reporter()
-    reports, paths = quantize(planned, writer, dump=dump, reporter=reporter)
+    reports, graphs = quantize(planned, writer, dump=dump, reporter=reporter)
     _tell(planned.reports + reports, strict, reporter)
+    if planned.spec.hand_off:
+        hand_off.write(writer, graphs, planned.spec, strict=strict, reporter=reporter)
     if (extra := _own_weights(planned)) > 0:
         reporter.note(f"bins with weights of their own: {extra / 1e6:.1f} MB more than one set of weights")
     schedule = Schedule.from_plans(
-        planned.plans, paths, sampler=_sampler_settings(planned.model), reuse=_reuse(planned, writer)
+        planned.plans, list(graphs), sampler=_sampler_settings(planned.model), reuse=_reuse(planned, writer)
     )
     return writer.commit(_manifest(planned), schedule, planned.plans)
 
 
 def quantize(
     planned: Planned, writer: BundleWriter, *, dump: Dump | None, reporter: Reporter
-) -> tuple[list[PassReport], list[str]]:
+) -> tuple[list[PassReport], dict[str, Graph]]:
     """Carry the plans out: bin-independent passes once a part, then one graph a bin into the bundle.
 
-    Returns what the passes did (of a part's bins, which are alike, the first) and the bundle paths of the bins' graphs.
+    Returns what the passes did (of a part's bins, which are alike, the first) and {bundle path: graph}, bin by bin.
     """
     own = tuple(targets.load(planned.spec.name).PASSES)
-    reports, paths = list[PassReport](), dict[int, str]()
+    reports, graphs = list[PassReport](), dict[int, tuple[str, Graph]]()
     total = sum(len(plan.bins) for plan in planned.plans)
     with reporter.stage("quantize") as advance:
         for part in planned.parts:
@@ -186,9 +189,9 @@ def quantize(
                     order = (*pipeline.PER_BIN, *own)
                     made = pipeline.run_passes(graph, order, context, dump=dump if is_first else None)
                     reports += made if is_first else []
-                    paths[one.index] = writer.add_graph(f"body.{one.name}", *graph.skeleton())
-                    advance(len(paths), total)
-    return reports, [paths[index] for index in sorted(paths)]
+                    graphs[one.index] = writer.add_graph(f"body.{one.name}", *graph.skeleton()), graph
+                    advance(len(graphs), total)
+    return reports, dict(graphs[index] for index in sorted(graphs))
 
 
 def _plan_network(

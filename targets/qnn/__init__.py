@@ -8,9 +8,13 @@ carries; the whole table, row by row with its trial, is targets/tables/qnn.toml,
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 
+from vdq_export.bundle_writer import BundleWriter
+from vdq_export.encodings import write_encodings
 from vdq_export.errors import UnknownNameError
+from vdq_export.graph import Graph
 from vdq_export.plan import QuantPlan
 from vdq_export.target_spec import Capability, TargetSpec
 
@@ -58,6 +62,11 @@ def spec(isa: str | None = None) -> TargetSpec:
         isas=ARCHS,
         table=TABLE,
     )
+
+
+def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph]) -> None:
+    """AIMET encodings of every bin, for the converters of Qualcomm's own SDK."""
+    write_encodings(writer, {PurePosixPath(path).stem: graph for path, graph in graphs.items()})
 
 
 def session_options(spec: TargetSpec) -> dict[str, str]:
