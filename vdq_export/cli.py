@@ -43,6 +43,7 @@ _COMMANDS = {
     "diff": ("diff", "diff_command"),
     "inspect": ("inspect", "inspect_command"),
     "lint": ("lint", "lint_command"),
+    "encodings": ("encodings", "encodings_command"),
     "recipes": ("catalogue", "recipes_command"),
     "targets": ("catalogue", "targets_command"),
 }
