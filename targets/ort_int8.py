@@ -13,12 +13,10 @@ import platform
 import subprocess
 from pathlib import Path
 
-import onnx
-
 from vdq_export.errors import UnknownNameError
-from vdq_export.passes.quantize_weights import runs_in_integers
 from vdq_export.plan import IntType, QuantPlan
 from vdq_export.target_spec import Capability, TargetSpec
+from vdq_export.targets import _onnxruntime
 
 NAME = "ort-int8"
 PASSES = ("ort_rotary", "ort_attention")
@@ -26,7 +24,6 @@ PASSES = ("ort_rotary", "ort_attention")
 WEIGHT_QMAX = {"avx512_vnni": 127, "avx_vnni": 127, "arm_dotprod": 127, "avx2": 63, "generic": 63}
 INTEGER: tuple[tuple[IntType, IntType], ...] = (("uint8", "int8"),)
 _X86_FLAGS = (("avx512_vnni", "avx512_vnni"), ("avx_vnni", "avx_vnni"), ("avx2", "avx2"))
-_INTEGER_KERNELS = {"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
 _TRIAL = "trial with onnxruntime 1.31.1, CPU provider"
 TABLE = (
     Capability(
@@ -137,10 +134,4 @@ def session_options(spec: TargetSpec) -> dict[str, str]:
 
 def integer_layers(optimised_model: Path, plan: QuantPlan) -> dict[str, bool]:
     """For each layer of `plan` that has an integer kernel: does the graph onnxruntime optimised run it there?"""
-    graph = onnx.load(optimised_model, load_external_data=False).graph
-    fed = {name for node in graph.node if node.op_type in _INTEGER_KERNELS for name in node.input}
-    return {
-        layer.name: f"{layer.name}.weight.{layer.weight.dtype}" in fed
-        for layer in plan.layers
-        if layer.weight is not None and runs_in_integers(layer, INTEGER)
-    }
+    return _onnxruntime.integer_layers(optimised_model, plan, INTEGER)
