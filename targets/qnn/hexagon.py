@@ -26,7 +26,17 @@ from vdq_export.qnn_provider import PROVIDER, available
 from vdq_export.targets.qnn import ARCHS
 
 STRICT = "session.disable_cpu_ep_fallback"
-__all__ = ["ARCHS", "PROVIDER", "assignment", "available", "emulator", "left_over", "provider_options", "session"]
+__all__ = [
+    "ARCHS",
+    "PROVIDER",
+    "assignment",
+    "available",
+    "emulator",
+    "left_over",
+    "provider_options",
+    "session",
+    "strict_session",
+]
 
 _CAPTURE = threading.RLock()
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -85,12 +95,17 @@ def emulator(
     if dump_json is not None:
         dump_json.mkdir(parents=True, exist_ok=True)
         chosen |= {"dump_json_qnn_graph": "1", "json_qnn_graph_dir": str(dump_json)}
+    return strict_session(model, chosen, {}) if strict else session(model, chosen, {})
+
+
+def strict_session(model: Path | bytes, options: Mapping[str, str], entries: Mapping[str, str]) -> ort.InferenceSession:
+    """session(), every node of which runs on the HTP; else CompileError names those that do not."""
     try:
-        return session(model, chosen, {STRICT: "1"} if strict else {})
+        return session(model, options, {**entries, STRICT: "1"})
     except CompileError as error:
         if "fallback to CPU EP has been explicitly disabled" not in str(error):
             raise
-        nodes = left_over(session(model, chosen, {}))  # a second time, now to be told which they are
+        nodes = left_over(session(model, options, {}))  # a second time, now to be told which they are
         raise _refused(nodes) from error
 
 
@@ -107,17 +122,10 @@ def left_over(session: ort.InferenceSession) -> list[str]:
     return [node for provider, nodes in assignment(session).items() if provider != PROVIDER for node in nodes]
 
 
-def require_all_on_htp(session: ort.InferenceSession, graph: str = "") -> None:
-    """Raises CompileError naming the nodes of `graph` that the HTP does not take."""
-    if nodes := left_over(session):
-        raise _refused(nodes, graph)
-
-
-def _refused(nodes: Sequence[str], graph: str = "") -> CompileError:
+def _refused(nodes: Sequence[str]) -> CompileError:
     more = f" and {len(nodes) - _NAMED} more" if len(nodes) > _NAMED else ""
-    where = f" of {graph}" if graph else ""
     return CompileError(
-        f"{len(nodes)} nodes{where} do not run on the HTP: {', '.join(nodes[:_NAMED])}{more}",
+        f"{len(nodes)} nodes do not run on the HTP: {', '.join(nodes[:_NAMED])}{more}",
         hint="`vdq-export lint --for qnn` says why and what to change",
     )
 
