@@ -19,7 +19,7 @@ from vdq_export.plan import QuantPlan
 from vdq_export.target_spec import Capability, TargetSpec
 
 NAME = "qnn"
-FORMS = ("rank_limit", "square")
+FORMS = ("rank_limit", "square", "batch_broadcast")
 PASSES = ()
 ARCHS = ("v73", "v75", "v79", "v81")
 _TRIAL = "trial with onnxruntime-qnn 2.7.0, HTP emulator"
@@ -55,6 +55,7 @@ def spec(isa: str | None = None) -> TargetSpec:
         activation_dtype={8: "uint8", 16: "uint16"},
         weight_dtype={4: "int4", 8: "int8"},
         weight_qmax={4: 7, 8: 127},
+        groups=(16, 32, 64),
         min_rows=1,
         hand_off=True,
         every_operator=True,
