@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from vdq_export.plan import Bin, QuantPlan
 from vdq_export.report.data import VerifyReport
 from vdq_export.schedule import Schedule
 
+ADDED = ("report/", "contexts/")  # what may be added to a finished bundle
 _PLAN = re.compile(r"plan\.json|plans/plan\d{2,}\.json")
 
 
@@ -87,21 +88,62 @@ class Bundle:
 
     def attach(self, path: str, data: bytes) -> Bundle:
         """Add or replace a file below report/; returns the bundle with it. Never leaves the bundle invalid."""
-        if not safe_path(path, str(self.path)).startswith("report/"):
-            raise BundleError(f"{path} cannot be changed", hint="only files below report/ may be added to a bundle")
-        others = tuple(entry for entry in self.manifest.files if entry.path != path)
+        return self.attach_files({path: data})
+
+    def attach_files(self, files: Mapping[str, bytes | Path], *, clear: Sequence[str] = ()) -> Bundle:
+        """Add or replace files below report/ and contexts/, all of them or none; returns the bundle with them.
+
+        files: contents, or a file on the bundle's file system that is moved in. clear: folders ("contexts/v75/") that
+        hold nothing else afterwards. Raises BundleError when the bundle was changed since it was opened.
+        """
+        for path in [*files, *clear]:
+            if not safe_path(path.rstrip("/"), str(self.path)).startswith(ADDED):
+                raise BundleError(f"{path} cannot be changed", hint=f"only {' and '.join(ADDED)} may be added to")
+        current = self._unchanged()
+        gone = [e.path for e in current.files if e.path.startswith(tuple(clear)) and e.path not in files]
+        kept = tuple(e for e in current.files if e.path not in files and e.path not in gone)
+        entries: list[FileEntry] = []
         try:
-            # The entry goes first and comes back last: killed in between, the bundle merely has no such file.
-            if len(others) != len(self.manifest.files):
-                self._replace(MANIFEST, msgspec.structs.replace(self.manifest, files=others).to_json())
-            self._replace(path, data)
-            entry = FileEntry(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest())
-            entries = tuple(sorted((*others, entry), key=lambda one: one.path))
-            manifest = msgspec.structs.replace(self.manifest, files=entries)
+            # The entries go first and come back last: killed in between, the bundle merely has no such files.
+            if len(kept) != len(current.files):
+                self._replace(MANIFEST, msgspec.structs.replace(current, files=kept).to_json())
+            for path in gone:
+                (self.path / path).unlink(missing_ok=True)
+            for path, source in files.items():
+                entries.append(self._put(path, source))
+            listed = tuple(sorted((*kept, *entries), key=lambda one: one.path))
+            manifest = msgspec.structs.replace(current, files=listed)
             self._replace(MANIFEST, manifest.to_json())
         except OSError as error:
-            raise BundleError(f"cannot write {self.path / path}: {error.strerror or error}") from error
+            for entry in entries:
+                (self.path / entry.path).unlink(missing_ok=True)
+            raise BundleError(f"cannot write {error.filename or self.path}: {error.strerror or error}") from error
         return Bundle(self.path, manifest, self.schedule, self.plans)
+
+    def _unchanged(self) -> Manifest:
+        """The manifest on disk now: others may have added files, but it is still this bundle."""
+        origin = self.path / MANIFEST
+        try:
+            current = Manifest.from_json(origin.read_bytes(), str(origin))
+        except OSError as error:
+            raise BundleError(f"cannot read {origin}: {error.strerror or error}") from error
+        own = [[e for e in one.files if not e.path.startswith(ADDED)] for one in (self.manifest, current)]
+        if own[0] != own[1]:
+            raise BundleError(f"{self.path} was replaced meanwhile", hint="start again")
+        return current
+
+    def _put(self, path: str, source: bytes | Path) -> FileEntry:
+        """Bring one file into its place; the manifest is the caller's."""
+        refuse_links(self.path, self.path / path)
+        if isinstance(source, bytes):
+            self._replace(path, source)
+            return FileEntry(path=path, size=len(source), sha256=hashlib.sha256(source).hexdigest())
+        entry = FileEntry(path=path, size=source.stat().st_size, sha256=hash_file(source))
+        with source.open("rb") as file:
+            os.fsync(file.fileno())
+        (self.path / path).parent.mkdir(parents=True, exist_ok=True)
+        source.replace(self.path / path)
+        return entry
 
     def _replace(self, path: str, data: bytes) -> None:
         place = self.path / path
@@ -135,11 +177,7 @@ def hash_file(path: Path) -> str:
 
 def _check_file(root: Path, entry: FileEntry, verify_hashes: bool) -> None:
     place = root / entry.path
-    for part in [place, *place.parents]:
-        if part == root:
-            break
-        if part.is_symlink():
-            raise BundleError(f"{part} is a link", hint="a bundle holds plain files only")
+    refuse_links(root, place)
     if not place.is_file():
         raise BundleError(f"{place} is missing", hint="copy the whole folder, or export again")
     size = place.stat().st_size
@@ -149,6 +187,15 @@ def _check_file(root: Path, entry: FileEntry, verify_hashes: bool) -> None:
         raise BundleError(f"{place} was changed: its sha256 is not the manifest's", hint="copy or export it again")
 
 
+def refuse_links(root: Path, place: Path) -> None:
+    """Raise BundleError when `place`, or a folder between it and `root`, is a symbolic link."""
+    for part in [place, *place.parents]:
+        if part == root:
+            break
+        if part.is_symlink():
+            raise BundleError(f"{part} is a link", hint="a bundle holds plain files only")
+
+
 def _read(root: Path, manifest: Manifest, path: str) -> bytes:
     if manifest.file(path) is None:
         raise BundleError(f"{root / MANIFEST} lists no {path}")
@@ -156,7 +203,7 @@ def _read(root: Path, manifest: Manifest, path: str) -> bytes:
 
 
 def _check_references(root: Path, manifest: Manifest, graph: str) -> None:
-    """Every external-data reference of a graph stays inside its folder, in a file the manifest lists."""
+    """Every file a graph refers to (external data, compiled contexts) is inside its folder and in the manifest."""
     origin = str(root / graph)
     model = onnx.ModelProto()
     try:
@@ -175,6 +222,15 @@ def _check_references(root: Path, manifest: Manifest, graph: str) -> None:
         offset, length = fields.get("offset", "0"), fields.get("length", "0")
         if not (offset.isdecimal() and length.isdecimal() and int(offset) + int(length) <= entry.size):
             raise BundleError(f"{origin}, initializer {tensor.name}: points outside {location}")
+    for node in model.graph.node:
+        if node.op_type != "EPContext":
+            continue
+        compiled = {one.name: one for one in node.attribute}
+        if "embed_mode" in compiled and compiled["embed_mode"].i == 0:
+            file = compiled["ep_cache_context"].s.decode("utf-8", "replace") if "ep_cache_context" in compiled else ""
+            binary = safe_path(file, f"{origin}, node {node.name}")
+            if manifest.file(f"{graph.rpartition('/')[0]}/{binary}".lstrip("/")) is None:
+                raise BundleError(f"{origin}, node {node.name}: {binary} is not a file of the bundle")
 
 
 def _tensors(graph: onnx.GraphProto, model: onnx.ModelProto | None = None) -> Iterator[onnx.TensorProto]:

@@ -176,6 +176,23 @@ class BundleWriter:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextmanager
+def scratch(bundle: Path) -> Iterator[Path]:
+    """An empty folder beside `bundle`, so that files can be moved from it into the bundle; removed in the end.
+
+    One that a killed process left goes when the next one is made, or the next bundle written there.
+    """
+    out = Path(os.path.abspath(bundle))  # noqa: PTH100
+    with _one_line(out):
+        _clear_leftovers(out)
+        folder = _sibling(out, "partial")
+        folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def signature_of(model: onnx.ModelProto, timestep: str) -> Signature:
     """Names, types and shapes of a graph's inputs and outputs. Raises BundleError for a dynamic shape."""
     initialized = {tensor.name for tensor in model.graph.initializer}

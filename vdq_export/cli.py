@@ -38,12 +38,14 @@ class BareExport(click.Group):
 _COMMANDS = {
     "export": ("export", "export_command"),
     "verify": ("verify", "verify_command"),
+    "compile": ("compile", "compile_command"),
     "run": ("run", "run_command"),
     "plan": ("plan", "plan_command"),
     "diff": ("diff", "diff_command"),
     "inspect": ("inspect", "inspect_command"),
     "lint": ("lint", "lint_command"),
     "encodings": ("encodings", "encodings_command"),
+    "serve-demo": ("serve_demo", "serve_demo_command"),
     "recipes": ("catalogue", "recipes_command"),
     "targets": ("catalogue", "targets_command"),
 }
