@@ -5,8 +5,14 @@ On Linux x86-64 its HTP library is the offline compiler with an emulator behind 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import os
+import sys
+import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +22,7 @@ from vdq_export.errors import MissingToolError
 
 PROVIDER = "QNNExecutionProvider"
 _LOCK = threading.Lock()
+_CAPTURE = threading.RLock()
 
 
 def available() -> bool:
@@ -47,6 +54,44 @@ def htp_library() -> str:
     """Path of the HTP library, for the provider option "backend_path"."""
     path: str = _package().get_qnn_htp_path()
     return path
+
+
+def htp_options(arch: str) -> dict[str, str]:
+    """Provider options of a session for the HTP `arch` ("v75"); Q/DQ of the inputs and outputs runs there too."""
+    return {
+        "backend_path": htp_library(),
+        "htp_arch": arch.removeprefix("v"),
+        "offload_graph_io_quantization": "0",
+    }
+
+
+@contextmanager
+def held_back(said: list[str]) -> Iterator[None]:
+    """Redirect file descriptors 1 and 2, which the backend writes to past Python; the text is appended to `said`."""
+    with _CAPTURE, tempfile.TemporaryFile() as catch:
+        saved: list[tuple[int, int]] = []
+        flush: Any = ctypes.CDLL(None).fflush  # the backend's lines wait in C's buffers
+        _flush_python()
+        flush(None)
+        try:
+            for descriptor in (1, 2):
+                saved.append((descriptor, os.dup(descriptor)))
+                os.dup2(catch.fileno(), descriptor)
+            yield
+        finally:
+            _flush_python()
+            flush(None)
+            for descriptor, original in saved:
+                os.dup2(original, descriptor)
+                os.close(original)
+            catch.seek(0)
+            said.append(catch.read().decode("utf-8", "replace"))
+
+
+def _flush_python() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
 
 
 def _registered() -> list[Any]:

@@ -7,16 +7,9 @@ takes any number and falls back to the numerics of an old one.
 
 from __future__ import annotations
 
-import ctypes
-import os
 import re
-import sys
-import tempfile
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnxruntime as ort
 
@@ -38,7 +31,6 @@ __all__ = [
     "strict_session",
 ]
 
-_CAPTURE = threading.RLock()
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _NAMED = 8  # nodes listed in a message
 
@@ -50,11 +42,7 @@ def provider_options(arch: str) -> dict[str, str]:
     """
     if arch not in ARCHS:
         raise UnknownNameError("HTP architecture", arch, ARCHS)
-    return {
-        "backend_path": qnn_provider.htp_library(),
-        "htp_arch": arch.removeprefix("v"),
-        "offload_graph_io_quantization": "0",
-    }
+    return qnn_provider.htp_options(arch)
 
 
 def session(model: Path | bytes, options: Mapping[str, str], entries: Mapping[str, str]) -> ort.InferenceSession:
@@ -71,7 +59,7 @@ def session(model: Path | bytes, options: Mapping[str, str], entries: Mapping[st
     source = model if isinstance(model, bytes) else str(model)
     said: list[str] = []
     try:
-        with _held_back(said):
+        with qnn_provider.held_back(said):
             return ort.InferenceSession(source, settings)
     except Exception as error:  # onnxruntime's own errors have no common class
         raise CompileError(_words(error, said)) from error
@@ -136,32 +124,3 @@ def _words(error: Exception, said: Sequence[str]) -> str:
     causes = dict.fromkeys(line.split("] ", 1)[-1].strip() for line in logged)
     message = " ".join(str(error).split())
     return "; ".join([message, *(cause for cause in causes if cause not in message)][:4])
-
-
-@contextmanager
-def _held_back(said: list[str]) -> Iterator[None]:
-    """Redirect file descriptors 1 and 2, which the backend writes to past Python; the text is appended to `said`."""
-    with _CAPTURE, tempfile.TemporaryFile() as catch:
-        saved: list[tuple[int, int]] = []
-        flush: Any = ctypes.CDLL(None).fflush  # the backend's lines wait in C's buffers
-        _flush_python()
-        flush(None)
-        try:
-            for descriptor in (1, 2):
-                saved.append((descriptor, os.dup(descriptor)))
-                os.dup2(catch.fileno(), descriptor)
-            yield
-        finally:
-            _flush_python()
-            flush(None)
-            for descriptor, original in saved:
-                os.dup2(original, descriptor)
-                os.close(original)
-            catch.seek(0)
-            said.append(catch.read().decode("utf-8", "replace"))
-
-
-def _flush_python() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
