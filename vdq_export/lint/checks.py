@@ -1,8 +1,9 @@
 """What a check is, and how a rule finds its own by name.
 
 A primitive is a frozen struct in a checks_*.py file beside this one, `class MaxRank(Check, frozen=True,
-tag="max_rank")`; its fields are the parameters that a rule's `check` table gives, typed. It overrides `unit` (asked about each unit the
-rule matches) or `find` (asked once per graph) and yields what is wrong; the rule says why that matters.
+tag="max_rank")`; its fields are the parameters that a rule's `check` table gives, typed. It overrides `unit` (asked
+about each unit the rule matches) or `find` (asked once per graph) and yields what is wrong; the rule says why that
+matters.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import NamedTuple, Union
 import msgspec
 
 from vdq_export.graph import Node
+from vdq_export.lint import signature
 from vdq_export.lint.table import Rule, Table, TableError
 from vdq_export.lint.view import Unit, View, node_name, op_name
 
@@ -74,4 +76,5 @@ def of_rule(rule: Rule) -> Check:
 
 
 def matches(rule: Rule, unit: Unit) -> bool:
-    return not rule.ops or any(fnmatchcase(unit.op, pattern) for pattern in rule.ops)
+    named = not rule.ops or any(fnmatchcase(unit.op, pattern) for pattern in rule.ops)
+    return named and (not rule.types or any(signature.parse(text).takes(unit) for text in rule.types))

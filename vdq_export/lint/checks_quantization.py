@@ -6,23 +6,51 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from vdq_export.lint import signature
 from vdq_export.lint.checks import Check, Hit, Scope
 from vdq_export.lint.view import DEQUANTIZE, QUANTIZE, Operand, Unit
 
 
 class Quantized(Check, frozen=True, tag="quantized"):
-    """A float operand without encoding. `unless_constant`: input slots where a float constant is taken."""
-
-    unless_constant: tuple[int, ...] = ()
+    """A float operand without encoding, unless an [[operator]] row takes it so."""
 
     def unit(self, unit: Unit, scope: Scope) -> Iterator[str]:
+        if any(signature.parse(text).takes(unit) for text in scope.table.types_of(unit.op) or ()):
+            return
         for index, operand in enumerate(unit.inputs):
-            if operand.code == "f32" and not (operand.constant and index in self.unless_constant):
+            if operand.code == "f32":
                 yield f"input {index} ({operand.value.name}) has no DequantizeLinear in front"
         for index, operand in enumerate(unit.outputs):
             if operand.code == "f32":
                 read = "is also read unquantized" if operand.value.outputs else "has no QuantizeLinear behind"
                 yield f"output {index} ({operand.value.name}) {read}"
+
+
+class SameType(Check, frozen=True, tag="same_type"):
+    """Quantized operands of unlike types among the outputs and the first `inputs` inputs (0: all)."""
+
+    inputs: int = 0
+    constants: bool = True  # whether stored operands count
+
+    def unit(self, unit: Unit, scope: Scope) -> Iterator[str]:
+        asked = [*unit.inputs[: self.inputs or None], *unit.outputs]
+        asked = [operand for operand in asked if self.constants or not operand.constant]
+        types = dict.fromkeys(operand.encoding.dtype for operand in asked if operand.encoding is not None)
+        if len(types) > 1:
+            yield f"{' and '.join(types)} in one {unit.op} ({signature.describe(unit)})"
+
+
+class RangeContains(Check, frozen=True, tag="range_contains"):
+    """An operand whose quantized range does not reach `value`."""
+
+    operand: int
+    value: float
+
+    def unit(self, unit: Unit, scope: Scope) -> Iterator[str]:
+        found = _at(unit, self.operand)
+        bounds = found.encoding.range if found is not None and found.encoding is not None else None
+        if bounds is not None and not bounds[0] <= self.value <= bounds[1]:
+            yield f"{self.value:g} lies outside the range of input {self.operand}"
 
 
 class ScalarScales(Check, frozen=True, tag="scalar_scales"):
@@ -72,6 +100,21 @@ class OutputChannelScales(Check, frozen=True, tag="output_channel_scales"):
         axis, wanted = found.encoding.axis % rank, _output_axis(unit, rank)
         if axis != wanted:
             yield f"weight {found.source.name}: scales along axis {axis}, output channels are axis {wanted}"
+
+
+class ScaleSpread(Check, frozen=True, tag="scale_spread"):
+    """Scales of one tensor whose largest is more than `limit` times the smallest."""
+
+    limit: float
+    operand: int = 1
+
+    def unit(self, unit: Unit, scope: Scope) -> Iterator[str]:
+        found = _at(unit, self.operand)
+        if found is None or found.encoding is None or found.encoding.scale is None or not found.encoding.scale.size:
+            return
+        scale = np.asarray(found.encoding.scale, np.float64)
+        if scale.max() > self.limit * scale.min() > 0:
+            yield f"weight {found.source.name}: scales of its channels differ more than {self.limit:g} times"
 
 
 class Blocks(Check, frozen=True, tag="blocks"):

@@ -6,17 +6,14 @@ from collections.abc import Iterator
 
 from vdq_export.lint import signature
 from vdq_export.lint.checks import Check, Hit, Scope
-from vdq_export.lint.view import Unit, static
+from vdq_export.lint.view import Operand, Unit, static
 
 
 class Forbidden(Check, frozen=True, tag="forbidden"):
-    """Every unit the rule matches is a finding; `types`: only with these operand types."""
-
-    types: tuple[str, ...] = ()
+    """Every unit the rule matches (by its ops and types) is a finding."""
 
     def unit(self, unit: Unit, scope: Scope) -> Iterator[str]:
-        if not self.types or any(signature.parse(text).takes(unit) for text in self.types):
-            yield f"{unit.op} with {signature.describe(unit)}" if self.types else f"{unit.op} in the graph"
+        yield f"{unit.op} with {signature.describe(unit)}"
 
 
 class KnownOperator(Check, frozen=True, tag="known_operator"):
@@ -28,7 +25,7 @@ class KnownOperator(Check, frozen=True, tag="known_operator"):
 
 
 class KnownTypes(Check, frozen=True, tag="known_types"):
-    """The operator is listed, but not with these operand types; silent where a `forbidden` rule with types speaks."""
+    """The operator is listed, but not with these operand types."""
 
     def unit(self, unit: Unit, scope: Scope) -> Iterator[str]:
         known = scope.table.types_of(unit.op)
@@ -110,17 +107,33 @@ class LastAxis(Check, frozen=True, tag="last_axis"):
             yield f"{self.attribute} = {axis} of {len(shape)} dimensions, not the last"
 
 
-class BroadcastConstant(Check, frozen=True, tag="broadcast_constant"):
-    """A constant operand of lower shape than the output, repeated along dimension 0, where one of `readers` follows."""
+class Broadcast(Check, frozen=True, tag="broadcast"):
+    """An operand repeated along `axis` (from the end, -3) but not along the axis behind it, where `readers` follow.
 
+    Only where the axis behind has at least `least` entries, a multiple of `multiple`. An operand that Expand made
+    counts as what was expanded.
+    """
+
+    axis: int
     readers: tuple[str, ...]
+    least: int = 2
+    multiple: int = 1
 
     def unit(self, unit: Unit, scope: Scope) -> Iterator[str]:
         output = unit.outputs[0]
         read_by = [reader.op for reader in scope.view.readers(output) if reader.op in self.readers]
+        if not read_by or output.shape is None or len(output.shape) < -self.axis:
+            return
         for operand in unit.inputs:
-            if not (read_by and operand.constant and operand.shape and output.shape):
-                continue
-            full = len(operand.shape) == len(output.shape) > 2
-            if full and operand.shape[0] == 1 and output.shape[0] > 1:
-                yield f"constant {list(operand.shape)} + {list(output.shape)}, read by {read_by[0]}"
+            shape = _unexpanded(operand, scope)
+            own = [1] * (len(output.shape) - len(shape)) + list(shape)
+            behind = own[self.axis + 1]
+            if own[self.axis] == 1 < output.shape[self.axis] and behind >= self.least and behind % self.multiple == 0:
+                yield f"{list(shape)} broadcast to {list(output.shape)} in {unit.op}, read by {read_by[0]}"
+
+
+def _unexpanded(operand: Operand, scope: Scope) -> tuple[int, ...]:
+    for maker in scope.view.makers(operand):
+        if maker.op == "Expand":
+            operand = maker.inputs[0]
+    return operand.shape or ()

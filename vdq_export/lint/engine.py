@@ -19,9 +19,13 @@ def lint_graphs(graphs: Mapping[str, Graph], profile: str) -> LintReport:
     where: dict[tuple[str, checks.Hit], list[str]] = {}
     for label, graph in graphs.items():
         view = View(graph)
+        spoken: set[str] = set()  # nodes with a finding of their own
         for rule, check in asked:
             units = [unit for unit in view.units if checks.matches(rule, unit)]
-            for hit in check.find(checks.Scope(view, consumer, units)):
+            hits = list(check.find(checks.Scope(view, consumer, units)))
+            hits = [hit for hit in hits if not (rule.otherwise and hit.node in spoken)]
+            spoken.update(hit.node for hit in hits)
+            for hit in hits:
                 files = where.setdefault((rule.id, hit), [])
                 if label not in files:
                     files.append(label)

@@ -26,11 +26,12 @@ class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class Rule(_Row, frozen=True):
-    """One row: units of `ops` that `check` objects to are findings.
+    """One row: units of `ops` with operand types among `types` that `check` objects to are findings.
 
     kind: what the consumer does: `refused`; `wrong` (accepted, other numbers come out); `fallback` (leaves the
-    operator to the CPU); `slow` (right, but not in integers); `advice`. archs, ops: empty means all. `check` is
-    {name = a primitive of checks_*.py, its parameters}. `fix` says what to change in the graph or the export.
+    operator to the CPU); `slow` (right, but not in integers); `advice`. ops (globs), types (see signature.py), archs:
+    empty means all. `check` is {name = a primitive of checks_*.py, its parameters}. `fix` says what to change in the
+    graph or the export. otherwise: silent at nodes where an earlier row spoke.
     """
 
     id: str
@@ -41,7 +42,9 @@ class Rule(_Row, frozen=True):
     source: str
     check: dict[str, Any]
     ops: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
     archs: tuple[str, ...] = ()
+    otherwise: bool = False
 
 
 class Operator(_Row, frozen=True):
@@ -88,8 +91,7 @@ def read(text: str, origin: str) -> Table:
     for label, row in rows:
         if unknown := set(row.archs) - set(table.archs):
             raise TableError(f"{origin}: {label}: unknown archs {sorted(unknown)}")
-    for operator in table.operator:
-        for types in operator.types:
+        for types in row.types:
             signature.parse(types)
     return table
 

@@ -51,6 +51,17 @@ class Encoding:
     def code(self) -> str:
         return self.dtype + self.kind
 
+    @property
+    def range(self) -> tuple[float, float] | None:
+        """Smallest and largest value of an integer encoding with one scale; None for others."""
+        if self.scale is None or self.scale.size != 1 or not self.dtype[1:].isdecimal():
+            return None
+        bits = int(self.dtype[1:])
+        lowest = 0 if self.dtype[0] == "u" else -(2 ** (bits - 1))
+        zero = 0 if self.zero_point is None else int(self.zero_point.reshape(-1)[0])
+        scale = float(self.scale.reshape(-1)[0])
+        return scale * (lowest - zero), scale * (lowest + 2**bits - 1 - zero)
+
 
 @dataclass(frozen=True)
 class Operand:
