@@ -35,6 +35,7 @@ LAYERS = {
     "vdq_export.model": 1,
     "vdq_export.policy": 1,
     "vdq_export.probe": 1,
+    "vdq_export.graph_cut": 1,
     "vdq_export.schedule": 2,
     "vdq_export.calib": 2,
     "vdq_export.passes": 2,
@@ -50,6 +51,7 @@ LAYERS = {
     "vdq_export.quality": 4,
     "vdq_export.auto": 4,
     "vdq_export.verify": 4,
+    "vdq_export.bisect": 4,
     "vdq_export.commands": 5,
     "vdq_export.cli": 6,
 }

@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 WINDOW = 7  # pixels of the SSIM window's edge
 K1, K2 = 0.01, 0.03
+LIMIT_DB = 200.0  # stands for "no difference at all" where a number has to be finite
 
 
 def psnr_db(a: ArrayLike, b: ArrayLike, peak: float = 1.0) -> float:
@@ -79,6 +80,12 @@ def decibels(signal: float, noise: float) -> float:
     if noise == 0:
         return float("inf")
     return 10 * float(np.log10(signal / noise)) if signal > 0 else float("-inf")
+
+
+def bounded_sqnr_db(reference: ArrayLike, other: ArrayLike) -> float:
+    """sqnr_db within ±LIMIT_DB, for JSON, which has no infinity; -LIMIT_DB when `other` holds NaN."""
+    found = sqnr_db(reference, other)
+    return -LIMIT_DB if np.isnan(found) else float(np.clip(found, -LIMIT_DB, LIMIT_DB))
 
 
 def _window_mean(x: NDArray[np.float64]) -> NDArray[np.float64]:
