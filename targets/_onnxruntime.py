@@ -13,9 +13,7 @@ from vdq_export.plan import IntType, QuantPlan
 _INTEGER_KERNELS = {"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
 
 
-def integer_layers(
-    optimised_model: Path, plan: QuantPlan, pairs: Sequence[tuple[IntType, IntType]]
-) -> dict[str, bool]:
+def integer_layers(optimised_model: Path, plan: QuantPlan, pairs: Sequence[tuple[IntType, IntType]]) -> dict[str, bool]:
     """For each layer of `plan` that is planned for an integer kernel: does the optimised graph run it in one?
 
     pairs: TargetSpec.integer.
