@@ -155,7 +155,7 @@ class _Search:
             size = _first(size // 2 + 1, min(size, len(before)), lambda n: disagrees([*before[-n:], culprit]))
             together = before[-size:]
             outcome = self.outcome([*together, culprit], compile_only=only)
-        if outcome.what == "numbers" and len(together) == len(before) > 0:
+        if outcome.what == "numbers" and length == len(self.operators) and len(together) == len(before) > 0:
             outcome = replace(outcome, what="accumulated")
         return self._describe(culprit, together, outcome, out)
 
