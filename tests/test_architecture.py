@@ -203,7 +203,7 @@ def test_every_data_file_is_installed() -> None:
             continue
         patterns = SETUPTOOLS["package-data"].get(name, [])
         for file in path.parent.iterdir():
-            if file.is_file() and file.suffix in (".toml", ".json", ".safetensors"):
+            if file.is_file() and file.suffix in (".toml", ".json", ".safetensors", ".mjs", ".html", ".css"):
                 kept = any(file.match(pattern) for pattern in patterns) or file.name == "checkpoint.safetensors"
                 missing += [] if kept else [f"{file.relative_to(ROOT)} (package {name})"]
     assert missing == []

@@ -14,6 +14,7 @@ import pytest
 from tests.staging import ROOT, copy_sources, install, pip
 
 FOLDERS = ("vdq_export", "passes", "calib", "targets", "samples")
+KINDS = (".py", ".toml", ".json", ".safetensors", ".mjs", ".html", ".css")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_wheel_holds_every_source_file_and_all_data(wheel: Path) -> None:
     missing = []
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix not in (".py", ".toml", ".json", ".safetensors") or path.name == "checkpoint.safetensors":
+            if path.suffix not in KINDS or path.name == "checkpoint.safetensors":
                 continue
             inside = path.relative_to(ROOT).as_posix()
             missing += [] if {inside, f"vdq_export/{inside}"} & names else [inside]
