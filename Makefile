@@ -2,13 +2,14 @@
 PYTHON = python3
 BIN = .venv/bin
 READY = .venv/.ready
+HOST = tests/host/node_modules/.ready
 
 demo: $(READY)
 	$(BIN)/vdq-export --target ort-int8 --tsw 4 --out demo/bundle --force
 	$(BIN)/vdq-export verify demo/bundle --save
 	$(BIN)/vdq-export run demo/bundle --out demo
 
-test: $(READY)
+test: $(READY) $(HOST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(READY)
@@ -26,11 +27,17 @@ bench-fidelity: $(READY)
 	$(BIN)/python -m benchmarks.fidelity
 
 clean:
-	rm -rf .venv build dist demo vdq_export.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv tests/host/node_modules build dist demo vdq_export.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools --editable ".[dev]"
 	touch $(READY)
+
+# What the host loop is tested on. Without npm, or without what it installs, these tests are skipped and say why.
+$(HOST): tests/host/package.json tests/host/package-lock.json
+	@if ! command -v npm >/dev/null; then echo "no npm: the host loop will not be tested on its runtimes"; \
+	elif cd tests/host && npm ci --ignore-scripts; then touch node_modules/.ready; \
+	else echo "npm ci failed: the host loop will not be tested on its runtimes"; fi
 
 .PHONY: demo test lint goldens bench bench-fidelity clean

@@ -1,8 +1,8 @@
 """A case for hosts that are not Python: the noise and the prompts that a sampler starts a clip from, as one file.
 
 It is a safetensors file: `latent` is the first input that is not the timestep, BRANCH/INPUT every other input that a
-call of this guidance branch brings. Metadata: `latent`, the name of that input; `branches` in the order they are called,
-separated by spaces; `number` and `text`, what is asked for.
+call of this guidance branch brings. Metadata: `latent`, the name of that input; `branches`, in the order they are
+called, separated by spaces; `number` and `text`, what is asked for.
 """
 
 from __future__ import annotations

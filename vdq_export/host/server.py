@@ -40,7 +40,7 @@ HEADERS = {
 
 
 def find_runtime(start: Path) -> Path:
-    """The folder with onnxruntime-web's files in the nearest node_modules from `start` upwards. Raises MissingToolError."""
+    """The folder of onnxruntime-web's files, in node_modules of `start` or above. Raises MissingToolError."""
     for folder in (start, *start.parents):
         found = folder / "node_modules" / "onnxruntime-web" / "dist"
         if found.is_dir():
