@@ -41,7 +41,7 @@ from vdq_export.plan import QuantPlan
 from vdq_export.recipe import AllocateRecipe, Recipe
 from vdq_export.target_spec import TargetSpec
 
-SCALE_BITS, MX_SCALE_BITS, FACTOR_BITS = 32, 8, 32
+SCALE_BITS, NARROW_SCALE_BITS, FACTOR_BITS = 32, 8, 32
 FRONT_POINTS = 64
 _UNIT = {"size": "bits a weight", "bops": "bit operations a multiply-add"}
 Measure = Literal["size", "bops"]
@@ -130,7 +130,7 @@ def stored_bits(shape: tuple[int, int], fmt: WeightFormat, rank: int = 0) -> int
     """Bits of a weight [K, N]: integers, scales, low-rank factors."""
     k, n = shape
     scales = n * (k // fmt.group if fmt.group else 1)
-    scale_bits = MX_SCALE_BITS if fmt.grid == "e2m1" else SCALE_BITS
+    scale_bits = SCALE_BITS if fmt.scales == "float" else NARROW_SCALE_BITS
     return k * n * fmt.bits + scales * scale_bits + rank * (k + n) * FACTOR_BITS
 
 

@@ -33,6 +33,7 @@ TOKENS = 4096  # rows over all bins
 SKETCH = 256
 MISSED = 3.0  # values that n rows may have missed: with 3 / n of them a sample of n shows none in 5 % of cases
 OFFSETS = (-1, 0, 1)
+_FIXED = ("channel", "mxfp8", "nvfp4")  # kinds that know no ratio
 _CHUNK = 256  # rows quantized at a time: they stay in cache
 
 Branch = tuple[Array, Array] | None
@@ -68,11 +69,12 @@ def search(
 
     rows: float32 [n, K] for each bin, transformed; ranges, dynamic: one for each bin, one of both empty; weights W',
     quantized Ŵ, branches (down, up) or None: one for each layer. `channel` scales keep ratio 1: they are computed over
-    a whole sample, which sampled rows are not. No ratio below 1 tries none.
+    a whole sample, which sampled rows are not; those of `mxfp8` and `nvfp4` are what a GPU makes of a block. No ratio
+    below 1 tries none.
     """
     given: Sequence[Candidate] = ranges or dynamic
     tried = sorted({r for r in ratios if r < 1}, reverse=True)
-    if not tried or all(isinstance(one, Dynamic) and one.kind == "channel" for one in given):
+    if not tried or all(isinstance(one, Dynamic) and one.kind in _FIXED for one in given):
         return tuple(ranges), tuple(dynamic)
     readers = _sketch(weights, quantized, branches)
     most = max(2, TOKENS // len(given))

@@ -7,29 +7,40 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from vdq_export.calib.dynamic import MX_BLOCK
+from vdq_export.calib.dynamic import MX_BLOCK, NVFP4_BLOCK
 from vdq_export.calib.ranges import Grid
 from vdq_export.errors import RecipeError
 from vdq_export.graph import Linear
+from vdq_export.number_grid import E2M1_QMAX
+from vdq_export.plan import E4M3_MAX, ScaleType, WeightType
 from vdq_export.plan import Grid as NumberGrid
-from vdq_export.plan import IntType
 from vdq_export.recipe import Recipe
 from vdq_export.target_spec import TargetSpec
-
-MX_QMAX = 12  # twice the largest E2M1 number
 
 
 class WeightFormat(NamedTuple):
     """Container and grid of one weight: |q| <= qmax in `dtype`; group: input channels a scale, 0 for all of them.
 
-    grid "e2m1": q is twice a number of the MXFP4 element type (OCP Microscaling Formats 1.0), scales powers of two.
+    grid, scales, unit: as in plan.WeightPlan; unit 0 where it is not known yet.
     """
 
-    dtype: IntType
+    dtype: WeightType
     bits: int
     qmax: int
     group: int = 0
     grid: NumberGrid = "int"
+    scales: ScaleType = "float"
+    unit: float = 0.0
+
+
+# Recipe's name -> weights in that format.
+FLOATING: dict[str, WeightFormat] = {
+    "mxfp4": WeightFormat("int8", 4, E2M1_QMAX, MX_BLOCK, "e2m1", "e8m0"),
+    "nvfp4": WeightFormat("int8", 4, E2M1_QMAX, NVFP4_BLOCK, "e2m1", "e4m3"),
+    "mxfp8": WeightFormat("float8e4m3fn", 8, E4M3_MAX, MX_BLOCK, "e4m3", "e8m0"),
+    "fp8": WeightFormat("float8e4m3fn", 8, E4M3_MAX, 0, "e4m3"),
+}
+_BLOCK_SCALED = ("mxfp4", "mxfp8", "nvfp4")  # formats whose activation scales are computed at run time
 
 
 @dataclass(frozen=True)
@@ -58,17 +69,29 @@ def check(recipe: Recipe, spec: TargetSpec) -> LayerFormat:
     Raises RecipeError naming what the target can do when it lacks what the recipe asks for.
     """
     weights, activations = recipe.weights, recipe.activations
-    online = activations.granularity != "tensor" or activations.grid == "mxfp4"
-    if online and not spec.dynamic:
-        what = (
-            "MXFP4 activations" if activations.grid == "mxfp4" else f"activation scales per {activations.granularity}"
-        )
+    for grid, what in ((weights.grid, "weights"), (activations.grid, "activations")):
+        if grid in spec.refused:
+            raise RecipeError(f"recipe {recipe.name} asks for {grid.upper()} {what}: {spec.refused[grid]}")
+    block_scaled = activations.grid in _BLOCK_SCALED
+    if (block_scaled or activations.granularity != "tensor") and not spec.dynamic:
+        what = f"{activations.grid.upper()} activations" if block_scaled else f"scales per {activations.granularity}"
         raise RecipeError(
             f"recipe {recipe.name} asks for {what}, computed at run time, which {spec.name} cannot",
             hint="use a static recipe, or --target reference to measure it",
         )
-    if weights.grid == "mxfp4" and "e2m1" not in spec.grids:
-        raise RecipeError(f"recipe {recipe.name} asks for MXFP4 weights, which {spec.name} lacks")
+    for grid, wanted, what in (
+        (weights.grid, weights.bits, "weights"),
+        (activations.grid, activations.bits, "activations"),
+    ):
+        if grid not in ("float", *spec.grids):
+            raise RecipeError(f"recipe {recipe.name} asks for {grid.upper()} {what}, which {spec.name} lacks")
+        if grid in FLOATING and FLOATING[grid].bits != wanted:
+            raise RecipeError(
+                f"recipe {recipe.name}: {grid.upper()} {what} have {FLOATING[grid].bits} bits, not {wanted}",
+                hint=f"set {what}.bits = {FLOATING[grid].bits}",
+            )
+    if activations.grid == "float" and (recipe.smoothing.kind, recipe.rotation.kind) != ("none", "none"):
+        raise RecipeError(f"recipe {recipe.name}: float activations need no smoothing or rotation")
     if weights.grid == "int" and weights.group and weights.group not in spec.groups:
         raise _unsupported(recipe, spec, f"weight groups of {weights.group}", spec.groups)
     for rule in recipe.override:
@@ -85,9 +108,13 @@ def check(recipe: Recipe, spec: TargetSpec) -> LayerFormat:
 
 def activation_grid(recipe: Recipe, spec: TargetSpec, bits: int) -> Grid:
     """Raises RecipeError when the target has no activations of so many bits."""
+    if recipe.activations.grid == "float":
+        return Grid("float", bits)
+    if recipe.activations.grid in ("fp8", "mxfp8", "nvfp4"):
+        return Grid("float8e4m3fn", bits, symmetric=True)  # E2M1 numbers are E4M3 numbers too
     if bits not in spec.activation_dtype:
         raise _unsupported(recipe, spec, f"{bits}-bit activations", sorted(spec.activation_dtype))
-    return Grid(spec.activation_dtype[bits], bits)
+    return Grid(spec.activation_dtype[bits], bits, spec.symmetric_activations)
 
 
 def assign(
@@ -119,15 +146,33 @@ def _format(linear: Linear, wish: Allocated, activations: int, recipe: Recipe, s
     weight, why = _weight_format(recipe, spec, wish.weights), [wish.why] if wish.why else []
     if wish.group >= 0 and weight.grid == "int":
         weight = weight._replace(group=wish.group)
+    _check_pair(linear.name, weight, recipe, activations, spec)
     if weight.group and linear.shape[0] % weight.group:
         reason = f"{linear.shape[0]} channels do not divide into groups of {weight.group}"
-        if weight.grid == "e2m1":
-            raise RecipeError(f"{linear.name}: {reason}", hint="keep it in float, or use an integer grid")
+        if weight.grid != "int" or weight.bits in spec.group_only:
+            raise RecipeError(f"{linear.name}: {reason}", hint="keep it in float, or use another format")
         weight = weight._replace(group=0)
         why.append(reason)
     if activations != wish.activations:
         why.append(f"{activations}-bit input for a layer beside it")
     return LayerFormat(activation_grid(recipe, spec, activations), weight, "; ".join(why), wish.rank)
+
+
+def _check_pair(layer: str, weight: WeightFormat, recipe: Recipe, activations: int, spec: TargetSpec) -> None:
+    """Raise RecipeError where the target has no product of the two formats, or no such weight without groups."""
+    names = [name for name, fmt in FLOATING.items() if fmt == weight]
+    read = f"int{activations}" if recipe.activations.grid == "int" else recipe.activations.grid
+    pair = (names[0] if names else f"int{weight.bits}", read)
+    if spec.pairs and pair not in spec.pairs:
+        known = ", ".join(f"{w} x {a}" for w, a in spec.pairs)
+        raise RecipeError(
+            f"{layer}: {pair[0]} weights and {pair[1]} activations, which {spec.name} lacks", hint=f"it offers: {known}"
+        )
+    if weight.bits in spec.group_only and not weight.group:
+        raise RecipeError(
+            f"{layer}: {weight.bits}-bit weights with one scale a channel, which {spec.name} lacks",
+            hint=f"it offers groups of {', '.join(str(group) for group in spec.groups)}",
+        )
 
 
 def asked(layer: str, recipe: Recipe) -> Allocated:
@@ -146,12 +191,13 @@ def asked(layer: str, recipe: Recipe) -> Allocated:
 
 
 def _weight_format(recipe: Recipe, spec: TargetSpec, bits: int) -> WeightFormat:
+    floating = FLOATING.get(recipe.weights.grid)
+    if floating is not None and floating.bits == bits:
+        return floating
     if bits not in spec.weight_dtype or bits not in spec.weight_qmax:
         raise _unsupported(
             recipe, spec, f"{bits}-bit weights", sorted(spec.weight_dtype.keys() & spec.weight_qmax.keys())
         )
-    if recipe.weights.grid == "mxfp4" and bits == 4:
-        return WeightFormat("int8", 4, MX_QMAX, MX_BLOCK, "e2m1")
     group = recipe.weights.group if bits == recipe.weights.bits else 0  # groups are what few bits need
     return WeightFormat(spec.weight_dtype[bits], bits, spec.weight_qmax[bits], group)
 

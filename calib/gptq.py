@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vdq_export.calib.formats import WeightFormat
-from vdq_export.calib.weight_ranges import round_rows
+from vdq_export.calib.weight_ranges import code_type, round_rows
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array
+from vdq_export.number_grid import numpy_type
 from vdq_export.recipe import GptqRecipe
 
 STEP = 32  # channels rounded between two matrix products inside a block; a group, where scales are found on the way
@@ -47,7 +48,7 @@ class Factor(NamedTuple):
 
 
 class Rounded(NamedTuple):
-    """codes [K, N] int8 (int16 beyond 8 bits); scale float32 [N], or [K / group, N]."""
+    """codes [K, N] int8 (int16 beyond 8 bits, float8 on its own grid); scale float32 [N], or [K / group, N]."""
 
     codes: Array
     scale: Array
@@ -95,7 +96,7 @@ def gptq(weight: Array, factor: Factor, fmt: WeightFormat, scale_of: ScaleOf, se
     w = np.ascontiguousarray(weight[factor.order], np.float32)
     step = group if moving else min(STEP, settings.block)
     block = max(step, settings.block // step * step)
-    codes, errors = np.empty((k, n), "int8" if fmt.qmax <= 127 else "int16"), np.empty_like(w)
+    codes, errors = np.empty((k, n), numpy_type(code_type(fmt))), np.empty_like(w)
     for first in range(0, k, block):
         gathered = factor.unit[first : first + block, :first] @ errors[:first]
         for start in range(first, min(first + block, k), step):
@@ -111,7 +112,7 @@ def gptq(weight: Array, factor: Factor, fmt: WeightFormat, scale_of: ScaleOf, se
                 target = w[i] + shift[i - start]
                 target += factor.unit[i, start:i] @ errors[start:i]
                 codes[channel] = round_rows(target[None], levels, fmt)[0]
-                np.subtract(w[i], codes[channel] * levels, out=errors[i])
+                np.subtract(w[i], codes[channel].astype(np.float32) * levels, out=errors[i])
     return Rounded(codes, scale if fmt.group else scale[0])
 
 

@@ -46,7 +46,8 @@ _METHOD = {
 class GroupTask:
     """The linears `names`, all of which read one value.
 
-    rows: X' [n, K] float32 of each bin. ranges, dynamic: of each bin, one of both empty; grid: of the activation.
+    rows: X' [n, K] float32 of each bin. ranges, dynamic: of each bin, one of both or both empty; grid: of the
+    activation.
     weights: W' [K, N], formats, ranks (0: no branch): of each linear.
     """
 
@@ -126,7 +127,8 @@ def _solve(task: GroupTask) -> GroupResult:
     branches = [low_rank.split(w, r) if r else None for w, r in zip(task.weights, task.ranks, strict=True)]
     residuals = [w if b is None else w - b.down @ b.up for w, b in zip(task.weights, branches, strict=True)]
     settings = task.recipe.weights
-    rounded = [_nearest(r, fmt, settings) for r, fmt in zip(residuals, task.formats, strict=True)]
+    formats = [weight_ranges.fitted(r, fmt) for r, fmt in zip(residuals, task.formats, strict=True)]
+    rounded = [_nearest(r, fmt, settings) for r, fmt in zip(residuals, formats, strict=True)]
     ranges, dynamic = clip.search(
         task.rows,
         task.ranges,
@@ -141,9 +143,9 @@ def _solve(task: GroupTask) -> GroupResult:
         evidence = _evidence(task, ranges or dynamic)
         rounded = [
             _by_gptq(r, fmt, settings, plain, evidence, _power(evidence.exact @ w))
-            for r, fmt, plain, w in zip(residuals, task.formats, rounded, task.weights, strict=True)
+            for r, fmt, plain, w in zip(residuals, formats, rounded, task.weights, strict=True)
         ]
-    layers = tuple(_layer(b, one, fmt) for b, one, fmt in zip(branches, rounded, task.formats, strict=True))
+    layers = tuple(_layer(b, one, fmt) for b, one, fmt in zip(branches, rounded, formats, strict=True))
     return GroupResult(tuple(ranges), tuple(dynamic), layers)
 
 
@@ -155,7 +157,9 @@ def _nearest(residual: Array, fmt: WeightFormat, settings: WeightRecipe) -> _Rou
 
 def _evidence(task: GroupTask, how: Sequence[Range | Dynamic]) -> _Evidence:
     exact = np.concatenate(task.rows)
-    quantized = np.concatenate([quantize_rows(x, one, task.grid) for x, one in zip(task.rows, how, strict=True)])
+    quantized = exact  # of weights alone
+    if how:
+        quantized = np.concatenate([quantize_rows(x, one, task.grid) for x, one in zip(task.rows, how, strict=True)])
     out = _held_out(exact)
     learnt = quantized if out.all() else quantized[~out]
     return _Evidence(factorise(learnt.T @ learnt, task.recipe.weights.gptq), exact[out], quantized[out])
@@ -208,6 +212,8 @@ def _layer(branch: Split | None, rounding: _Rounding, fmt: WeightFormat) -> Laye
         bits=fmt.bits,
         group=fmt.group,
         grid=fmt.grid,
+        scales=fmt.scales,
+        unit=fmt.unit,
         codes=rounding.by_gptq,
     )
     if branch is None:

@@ -1,7 +1,8 @@
-"""Quantizer ranges of activations: uniform, asymmetric, per tensor. Weights: weight_ranges.py.
+"""Quantizer ranges of activations, per tensor: uniform integers, or E4M3 numbers. Weights: weight_ranges.py.
 
 Legend: S slots, n sampled rows a slot. A grid of `bits` bits has levels
 qmin … qmin + 2^bits − 1 of its integer type (so 6-bit values may live in an 8-bit type), and always holds zero exactly.
+A symmetric grid has zero point 0; its highest level stands for the larger end.
 
 Exact minimum and maximum come from all tokens; the sampled rows only say where values are dense. After a rotation the
 extremes of a channel are not in the record: they are those of the sampled rows and of the rows of largest norm. A range
@@ -19,7 +20,8 @@ import numpy as np
 from vdq_export.calib.record import ValueRecord
 from vdq_export.calib.transform import Transform
 from vdq_export.graph import Array
-from vdq_export.plan import INT_RANGE, IntType, Range
+from vdq_export.number_grid import nearest
+from vdq_export.plan import E4M3_MAX, ActivationType, Range, bounds
 from vdq_export.recipe import ActivationRecipe
 
 GAIN = 0.95  # a narrower range must have at most this share of the full range's error on held-out rows
@@ -28,19 +30,21 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 
 class Grid(NamedTuple):
-    """Where a quantizer's integers lie."""
+    """Where a quantizer's levels lie: integers, or float8e4m3fn numbers (symmetric always)."""
 
-    dtype: IntType
+    dtype: ActivationType
     bits: int
+    symmetric: bool = False
 
     @property
     def qmin(self) -> int:
-        return INT_RANGE[self.dtype][0]
+        return bounds(self.dtype, self.bits)[0]
 
     @property
     def levels(self) -> int:
-        """Steps between the lowest and the highest integer."""
-        return int(2**self.bits - 1)
+        """From the lowest to the highest level."""
+        low, high = bounds(self.dtype, self.bits)
+        return high - low
 
 
 class Exact(NamedTuple):
@@ -57,6 +61,9 @@ def affine(lo: float, hi: float, grid: Grid) -> tuple[float, int]:
     The scale is a float32 number. An empty range (all zeros, or too small for float32) gets scale 1.
     """
     low, high = min(lo, 0.0), max(hi, 0.0)
+    if grid.symmetric:
+        scale = float(np.float32(max(-low, high) / (grid.qmin + grid.levels)))
+        return (scale if scale >= _TINY else 1.0), 0
     scale = float(np.float32((high - low) / grid.levels))
     if scale < _TINY:
         return 1.0, grid.qmin
@@ -66,6 +73,10 @@ def affine(lo: float, hi: float, grid: Grid) -> tuple[float, int]:
 
 def fake_quantize(x: Array, scale: float, zero_point: int, grid: Grid) -> Array:
     """x̂ = scale · (clip(round(x / scale) + z, qmin, qmin + levels) − z), in the dtype of x."""
+    if grid.dtype == "float8e4m3fn":
+        found: Array = nearest(x / x.dtype.type(scale), E4M3_MAX, "e4m3")
+        found *= x.dtype.type(scale)
+        return found
     quotient: Array = np.rint(x / x.dtype.type(scale))
     np.clip(quotient, grid.qmin - zero_point, grid.qmin + grid.levels - zero_point, out=quotient)
     quotient *= x.dtype.type(scale)

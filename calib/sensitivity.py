@@ -22,14 +22,14 @@ import numpy as np
 
 from vdq_export.calib import low_rank, weight_ranges
 from vdq_export.calib.bins import bin_slots
-from vdq_export.calib.dynamic import quantize_rows
+from vdq_export.calib.dynamic import online, quantize_rows
 from vdq_export.calib.formats import Allocated, LayerFormat, WeightFormat, asked, assign
 from vdq_export.calib.ranges import Grid, activation_range
 from vdq_export.calib.record import CalibrationRecord, ValueRecord
 from vdq_export.calib.transform import Transform
 from vdq_export.errors import RecipeError
 from vdq_export.graph import Array, Linear
-from vdq_export.plan import Dynamic, QuantPlan, Range
+from vdq_export.plan import QuantPlan
 from vdq_export.recipe import ActivationRecipe, Recipe
 from vdq_export.target_spec import TargetSpec
 
@@ -144,19 +144,8 @@ class _Inputs:
         return self._known[grid]
 
     def _quantize(self, rows: Array, slots: Sequence[int], grid: Grid) -> Array:
-        return quantize_rows(rows, self._online or self._range(slots, grid), grid)
-
-    def _range(self, slots: Sequence[int], grid: Grid) -> Range:
-        return activation_range(self._value, slots, self._settings, grid, self._transform)
-
-    @property
-    def _online(self) -> Dynamic | None:
-        """Where the recipe computes scales at run time."""
-        if self._settings.grid == "mxfp4":
-            return Dynamic(kind="mx", why="")
-        if self._settings.granularity != "tensor":
-            return Dynamic(kind=self._settings.granularity, why="")
-        return None
+        known = activation_range(self._value, slots, self._settings, grid, self._transform)
+        return quantize_rows(rows, online(self._settings, known) or known, grid)
 
 
 def _errors(

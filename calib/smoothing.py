@@ -39,7 +39,7 @@ import numpy as np
 from msgspec.structs import replace as with_fields
 
 from vdq_export.calib import weight_ranges
-from vdq_export.calib.dynamic import MX_BLOCK, quantize_rows
+from vdq_export.calib.dynamic import MX_BLOCK, online, quantize_rows
 from vdq_export.calib.formats import WeightFormat
 from vdq_export.calib.ranges import Grid, activation_range, affine
 from vdq_export.calib.record import ValueRecord
@@ -312,16 +312,21 @@ def _trials(
     half of them, with peaks and range of the other half: the extremes of a few prompts are not those of the next.
     `held_out` treats every value so, bin by bin; rows of largest norm then are known.
     """
-    tokens, online = _distinct_tokens(group.value), _at_run_time(activations, group.value.channels)
+    tokens = _distinct_tokens(group.value)
 
     def of_rows(known: Array, transform: Transform) -> Range | Dynamic:
         seen = transform(known)
         lo, hi = float(seen.min()), float(seen.max())
         scale, zero = affine(lo, hi, group.grid)
-        return online or Range(lo=lo, hi=hi, scale=scale, zero_point=zero, why="")
+        return chosen(Range(lo=lo, hi=hi, scale=scale, zero_point=zero, why=""))
 
     def of_bin(slots: Sequence[int], transform: Transform) -> Range | Dynamic:
-        return online or activation_range(group.value, slots, activations, group.grid, transform)
+        return chosen(activation_range(group.value, slots, activations, group.grid, transform))
+
+    def chosen(known: Range) -> Range | Dynamic:
+        # Widths that do not divide into the format's blocks are refused later; here any quantizer will do.
+        fits = group.value.channels % MX_BLOCK == 0 or activations.granularity != "tensor"
+        return (online(activations, known) if fits else None) or known
 
     if tokens is not None:
         return tokens[0::2], [_Trial(tokens[1::2], partial(of_rows, tokens[0::2]))]
@@ -338,13 +343,6 @@ def _known(value: ValueRecord, slots: Sequence[int]) -> Array:
     """Every other sampled row of a bin and its rows of largest norm, [rows, K]."""
     half = value.sample(slots)[0::2]
     return half if value.top is None else np.concatenate([half, value.top[list(slots)].reshape(-1, half.shape[1])])
-
-
-def _at_run_time(activations: ActivationRecipe, width: int) -> Dynamic | None:
-    """The quantizer of recipes that have no static ranges."""
-    if activations.grid == "mxfp4" and width % MX_BLOCK == 0:
-        return Dynamic(kind="mx", why="")
-    return None if activations.granularity == "tensor" else Dynamic(kind=activations.granularity, why="")
 
 
 def _distinct_tokens(value: ValueRecord) -> Array | None:

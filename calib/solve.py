@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from vdq_export.calib import allocate, low_rank
 from vdq_export.calib.bins import bin_slots
 from vdq_export.calib.draft import by_value
+from vdq_export.calib.dynamic import online
 from vdq_export.calib.formats import LayerFormat, activation_grid, assign
 from vdq_export.calib.group import GroupTask, LayerWeights, solve_groups
 from vdq_export.calib.ranges import activation_range
@@ -22,7 +23,6 @@ from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.transform import Transform
 from vdq_export.graph import Array, Graph, Linear
 from vdq_export.plan import Dynamic, LayerPlan, QuantPlan, Range, tensor_name
-from vdq_export.recipe import ActivationRecipe
 from vdq_export.target_spec import TargetSpec
 
 Progress = Callable[[int, int], None]
@@ -106,12 +106,17 @@ def _task(
     slots = [bin_slots(one, record.slots) for one in draft.bins]
     grid = formats[members[0].name].activation
     most = max(1, TOKENS // len(slots))
-    dynamic = _dynamic(settings)
+    ranges, dynamic = list[Range](), list[Dynamic]()
+    for one in slots if grid.dtype != "float" else ():
+        known = activation_range(value, one, settings, grid, transform)
+        chosen = online(settings, known)
+        ranges += [known] if chosen is None else []
+        dynamic += [] if chosen is None else [chosen]
     return GroupTask(
         names=tuple(m.name for m in members),
         rows=tuple(transform(_thin(value.sample(one), most)) for one in slots),
-        ranges=() if dynamic else tuple(activation_range(value, one, settings, grid, transform) for one in slots),
-        dynamic=(dynamic,) * len(slots) if dynamic else (),
+        ranges=tuple(ranges),
+        dynamic=tuple(dynamic),
         grid=grid,
         weights=tuple(np.asarray(m.read_weight(), np.float32) for m in members),
         formats=tuple(formats[m.name].weight for m in members),
@@ -124,14 +129,6 @@ def _thin(rows: Array, most: int) -> Array:
     """At most `most` rows, evenly."""
     picked: Array = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(np.int64))]
     return picked
-
-
-def _dynamic(settings: ActivationRecipe) -> Dynamic | None:
-    if settings.grid == "mxfp4":
-        return Dynamic(kind="mx", why="E8M0 scales of blocks of 32 are part of the number format")
-    if settings.granularity != "tensor":
-        return Dynamic(kind=settings.granularity, why=f"scales per {settings.granularity}, as the recipe says")
-    return None
 
 
 def _complete(

@@ -180,7 +180,7 @@ def _wanted(
     dtype = spec.activation_dtype[bits]
     layer = layers.get(module_path(node))
     if node.op == "MatMul" and layer is not None and layer.activation and is_constant_weight(node):
-        return layer.activation_dtype, layer.activation
+        return layer.activation_dtype, layer.activation  # type: ignore[return-value]  # integers on such targets
     if node.op == "MatMul" and bits == 16 and node.inputs[1] is value and node.inputs[0] is not value:
         return "int16", tuple(_symmetric(*ends, n) for ends, n in zip(bounds, counts, strict=True))
     return dtype, tuple(_range(*ends, Grid(dtype, bits), n) for ends, n in zip(bounds, counts, strict=True))

@@ -1,4 +1,4 @@
-"""Quantize the inputs of linears whose plan computes activation parameters at run time, in plain arithmetic.
+"""Quantize the inputs of linears whose plan computes activation parameters at run time.
 
 Legend: x[..., K] the value, K channels; ρ the plan's ratio; L = 2^bits − 1; round: half to even.
 
@@ -8,6 +8,7 @@ Legend: x[..., K] the value, K channels; ρ the plan's ratio; L = 2^bits − 1; 
     channel  the same of each channel, over the tokens of a sample, an entry of the leading dimension
     mx       u = 2^(⌊log₂(ρ·max|x|)⌋ − 2 + offset), from 2^−125 to 2^127, for 32 channels of a row; v = x / u;
              x̂ = u · clip(round(v / s) · s, −6, 6), s = ½ below |v| = 2, 1 below 4, else 2: E2M1 with E8M0 scales
+    mxfp8, nvfp4  with TensorRT's operators: see _block_scaled
 
 It costs what rounding x costs, and at run time the statistics: a reference for what static targets are measured
 against, and refused for them. log₂ is inexact at powers of two, so its floor is corrected by a comparison. Linears that
@@ -22,10 +23,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+from msgspec.structs import replace
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PlanError
 from vdq_export.graph import Graph, Value
+from vdq_export.passes import _block_scaled
 from vdq_export.plan import Dynamic, LayerPlan
 
 NAME = "dynamic_quantize"
@@ -45,8 +48,8 @@ def run(graph: Graph, context: PassContext) -> PassReport:
     if context.spec is None or not context.spec.dynamic:
         raise PlanError(f"{layers[0].name} needs statistics at run time, which the target cannot compute")
     place = context.plan.place(context.bin)
-    weights = {node.name: node for node in graph.nodes if node.op == "DequantizeLinear"}
-    shared: dict[tuple[int, str, float, int, int], Value] = {}
+    weights = {node.name: node for node in graph.nodes}
+    shared: dict[tuple[int, Dynamic, int], Value] = {}
     for layer in layers:
         if f"{layer.name}/Weight" not in weights:
             raise PlanError(f"no quantized weight for {layer.name}", hint="run quantize_weights first")
@@ -54,7 +57,7 @@ def run(graph: Graph, context: PassContext) -> PassReport:
         value, chosen = node.inputs[0], layer.dynamic[place]
         if value.inputs and _DONE.search(value.inputs[0].name):
             continue
-        key = (id(value), chosen.kind, chosen.ratio, chosen.offset, layer.activation_bits)
+        key = (id(value), replace(chosen, why=""), layer.activation_bits)
         if key not in shared:
             shared[key] = _quantized(graph, value, chosen, layer)
         node.inputs[0] = shared[key]
@@ -87,13 +90,16 @@ class _Chain:
 
 
 def _quantized(graph: Graph, value: Value, chosen: Dynamic, layer: LayerPlan) -> Value:
+    block = _block_scaled.BLOCK.get(chosen.kind, BLOCK if chosen.kind == "mx" else 1)
+    if value.shape[-1] % block:
+        raise PlanError(f"layer {layer.name}: {value.shape[-1]} channels in blocks of {block}")
+    if chosen.kind in _block_scaled.BLOCK:
+        return _block_scaled.activation(graph, value, chosen)
     chain, rank = _Chain(graph, value.name), len(value.shape)
     ratio = chain.number("ratio", chosen.ratio)
     if chosen.kind != "mx":
         along = [rank - 1] if chosen.kind == "token" else list(range(1 if rank > 2 else 0, rank - 1))
         return _affine(chain, value, ratio, 2**layer.activation_bits - 1, along)
-    if value.shape[-1] % BLOCK:
-        raise PlanError(f"layer {layer.name}: {value.shape[-1]} channels in blocks of {BLOCK}")
     return _mx(chain, value, ratio, chain.number("offset", 2.0 ** (chosen.offset - 2)))
 
 

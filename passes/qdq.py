@@ -6,7 +6,7 @@ Legend: M rows, K input channels, N output channels; scale, z: of this bin; s_w[
       ->  Gemm(x̂, DequantizeLinear(q_w, s_w), DequantizeLinear(q_b, scale·s_w))
     MatMul(x[..., K], DequantizeLinear(q_w, s_w))
       ->  MatMul(x̂, DequantizeLinear(q_w, s_w))
-    with x̂ = DequantizeLinear(QuantizeLinear(x)), or DequantizeLinear(QuantizeLinear(Clip(x)))
+    with x̂ = DequantizeLinear(QuantizeLinear(x)) in integers or float8, or DequantizeLinear(QuantizeLinear(Clip(x)))
 
 It costs what rounding x to the plan's grid costs. q_b = round(b / (scale·s_w)) in int32 (zeros where the linear has no
 bias) is the accumulator's own grid: that lets a runtime run the three as one integer kernel with float output. Clip to
@@ -27,7 +27,7 @@ from vdq_export.errors import PlanError
 from vdq_export.graph import Graph, Node, Value
 from vdq_export.match import made_by
 from vdq_export.passes import _quantizers
-from vdq_export.plan import INT_RANGE, LayerPlan
+from vdq_export.plan import WIDEST, LayerPlan, bounds
 
 NAME = "qdq"
 AFTER = ("quantize_weights",)
@@ -44,8 +44,7 @@ class _Quantizer(NamedTuple):
 
     @property
     def bounds(self) -> tuple[np.float32, np.float32]:
-        low = INT_RANGE[self.dtype][0]
-        high = min(low + 2**self.bits - 1, INT_RANGE[self.dtype][1])
+        low, high = bounds(self.dtype, self.bits)
         scale = np.float32(self.scale)
         return scale * np.float32(low - self.zero_point), scale * np.float32(high - self.zero_point)
 
@@ -84,8 +83,7 @@ def run(graph: Graph, context: PassContext) -> PassReport:
 
 def _quantizer(layer: LayerPlan, place: int, switched: bool) -> _Quantizer:
     chosen, dtype = layer.activation[place], layer.activation_dtype
-    low, high = INT_RANGE[dtype]
-    narrow = 2**layer.activation_bits - 1 < high - low
+    narrow = bounds(dtype, layer.activation_bits) != bounds(dtype, WIDEST)
     return _Quantizer(chosen.scale, chosen.zero_point, dtype, layer.activation_bits, narrow or switched)
 
 
@@ -94,9 +92,9 @@ def _round_trip(graph: Graph, value: Value, quantizer: _Quantizer) -> Value:
     base, shape = value.name.removesuffix("/Rows"), list(value.shape)
     if quantizer.clipped:
         ends = zip(("lowest", "highest"), quantizer.bounds, strict=True)
-        bounds = [graph.constant(graph.fresh(f"{base}.{name}"), np.array(bound)) for name, bound in ends]
+        limits = [graph.constant(graph.fresh(f"{base}.{name}"), np.array(bound)) for name, bound in ends]
         name = graph.fresh(f"{base}/Clip")
-        value = graph.add_node("Clip", [value, *bounds], name, dtype=np.float32, shape=shape)
+        value = graph.add_node("Clip", [value, *limits], name, dtype=np.float32, shape=shape)
     return _quantizers.round_trip(
         graph, value, _quantizers.Quantizer(quantizer.scale, quantizer.zero_point, quantizer.dtype), base
     )

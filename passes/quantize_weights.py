@@ -8,6 +8,7 @@ Where the target multiplies (activation type, weight type) in one kernel:
 elsewhere, and for groups and MXFP4, whose scales no such kernel takes:
       ->  Add(MatMul(x, DequantizeLinear(q[K, N], scale[N], axis=1)), b)
       ->  Add(MatMul(x, DequantizeLinear(q[K, N], scale[K / g, N], axis=0, block_size=g)), b)
+and for NVFP4 and MXFP8 what _block_scaled writes.
 
 q is what the plan's tensors hold, or the nearest level of the plan's grid. It costs what rounding costs; everything
 else is exact. Gemm, because its int32 bias is what onnxruntime's integer kernel with float output (QGemm) asks for; the
@@ -27,7 +28,8 @@ from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PlanError
 from vdq_export.graph import Array, Graph, Linear, Value
 from vdq_export.number_grid import numpy_type, quantize
-from vdq_export.plan import IntType, LayerPlan, WeightPlan, tensor_name
+from vdq_export.passes import _block_scaled
+from vdq_export.plan import LayerPlan, WeightPlan, tensor_name
 
 NAME = "quantize_weights"
 AFTER = ("linear",)
@@ -38,7 +40,7 @@ def run(graph: Graph, context: PassContext) -> PassReport:
     if context.plan is None:
         return report
     linears = {linear.name: linear for linear in graph.linears()}
-    done = {node.name for node in graph.nodes if node.op == "DequantizeLinear"}
+    done = {node.name for node in graph.nodes}
     flat: dict[int, Value] = {}
     for layer in context.plan.layers:
         if not layer.quantized:
@@ -57,10 +59,10 @@ def run(graph: Graph, context: PassContext) -> PassReport:
     return report
 
 
-def runs_in_integers(layer: LayerPlan, pairs: Sequence[tuple[IntType, IntType]] | None) -> bool:
+def runs_in_integers(layer: LayerPlan, pairs: Sequence[tuple[str, str]] | None) -> bool:
     """Is there a kernel for what the plan gives `layer`? pairs: TargetSpec.integer; None: any pair has one."""
     weight = layer.weight
-    if weight is None or weight.group or weight.grid != "int" or layer.dynamic:
+    if weight is None or weight.group or weight.grid != "int" or not layer.activation:
         return False
     return pairs is None or (layer.activation_dtype, weight.dtype) in pairs
 
@@ -75,6 +77,8 @@ def _dequantized(graph: Graph, linear: Linear, layer: LayerPlan, context: PassCo
     found = _tensor(context, path, "scale", (k // plan.group, n)) if plan.group else np.array(plan.scale)
     scale = found.astype(np.float32)
     q = _integers(linear, plan, scale, context)
+    if _block_scaled.is_block_scaled(plan):
+        return _block_scaled.weight(graph, path, plan, q, scale)
     operands = [graph.constant(f"{path}.weight.{plan.dtype}", q), graph.constant(f"{path}.weight.scale", scale)]
     attrs = {"axis": 0, "block_size": plan.group} if plan.group else {"axis": 1}
     if not plan.group:
@@ -88,9 +92,9 @@ def _integers(linear: Linear, plan: WeightPlan, scale: Array, context: PassConte
     if not plan.codes:
         return quantize(linear.read_weight(), scale, plan.qmax, plan.grid, plan.dtype)
     codes = _tensor(context, linear.name, "codes", linear.shape)
-    largest = max(int(codes.max(initial=0)), -int(codes.min(initial=0)))
+    largest = np.abs(codes.astype(np.float32)).max(initial=0)
     if largest > plan.qmax:
-        raise PlanError(f"layer {linear.name}: a weight of {largest} outside its grid of ±{plan.qmax}")
+        raise PlanError(f"layer {linear.name}: a weight of {largest:g} outside its grid of ±{plan.qmax}")
     return codes.astype(numpy_type(plan.dtype), copy=False)
 
 

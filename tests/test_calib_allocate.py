@@ -144,7 +144,7 @@ def test_too_many_ties_are_refused() -> None:
         (WeightFormat("int8", 8, 127), 0, 64 * 48 * 8 + 48 * 32),
         (WeightFormat("int4", 4, 7, 32), 0, 64 * 48 * 4 + 2 * 48 * 32),
         (WeightFormat("int8", 6, 31), 3, 64 * 48 * 6 + 48 * 32 + 3 * (64 + 48) * 32),
-        (WeightFormat("int8", 4, 12, 32, "e2m1"), 0, 64 * 48 * 4 + 2 * 48 * 8),
+        (WeightFormat("int8", 4, 12, 32, "e2m1", "e8m0"), 0, 64 * 48 * 4 + 2 * 48 * 8),
     ],
 )
 def test_scales_and_factors_count(fmt: WeightFormat, rank: int, bits: int) -> None:

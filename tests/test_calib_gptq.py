@@ -19,7 +19,7 @@ from vdq_export.recipe import GptqRecipe
 
 INT4 = WeightFormat("int4", 4, 7)
 INT4_32 = WeightFormat("int4", 4, 7, 32)
-MXFP4 = WeightFormat("int8", 4, 12, 32, "e2m1")
+MXFP4 = WeightFormat("int8", 4, 12, 32, "e2m1", "e8m0")
 INT8 = WeightFormat("int8", 8, 127)
 
 

@@ -25,7 +25,7 @@ INT = [
 ]
 WIDE = WeightFormat("int16", 16, 32767)
 GROUPED = [WeightFormat("int8", 4, 7, group) for group in (32, 64, 128)]
-MX = WeightFormat("int8", 4, 12, 32, "e2m1")
+MX = WeightFormat("int8", 4, 12, 32, "e2m1", "e8m0")
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 METHODS: tuple[Any, ...] = ("minmax", "mse", "pbq")
 

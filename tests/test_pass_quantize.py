@@ -30,7 +30,7 @@ WEIGHTS = {
     "int16": WeightPlan(dtype="int16", qmax=32767, bits=16, why=""),
     "groups of 32": WeightPlan(dtype="int8", qmax=7, bits=4, group=32, why=""),
     "int4 groups of 64": replace(INT4, group=64),
-    "mxfp4": WeightPlan(dtype="int8", qmax=12, bits=4, group=32, grid="e2m1", codes=True, why=""),
+    "mxfp4": WeightPlan(dtype="int8", qmax=12, bits=4, group=32, grid="e2m1", scales="e8m0", codes=True, why=""),
 }
 
 

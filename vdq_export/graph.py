@@ -227,13 +227,22 @@ class Graph:
         shape: Sequence[int] | None,
         attrs: Mapping[str, Any] | None = None,
         domain: str | None = None,
+        more: Sequence[tuple[str, Any, Sequence[int]]] = (),
     ) -> Variable:
-        """Append a node with one output that carries the node's name; returns it. Call cleanup() afterwards."""
+        """Append a node whose first output carries the node's name; returns it. Call cleanup() afterwards.
+
+        more: further outputs, each what is appended to the name, type and shape.
+        """
         self._take(name)
-        output = gs.Variable(name, dtype=dtype, shape=None if shape is None else list(shape))
-        node = gs.Node(op, name, dict(attrs or {}), list(inputs), [output], domain=domain)
-        self.gs.nodes.append(node)
-        return output
+        outputs = [gs.Variable(name, dtype=dtype, shape=None if shape is None else list(shape))]
+        outputs += [gs.Variable(self.fresh(name + end), dtype=kind, shape=list(sizes)) for end, kind, sizes in more]
+        self.gs.nodes.append(gs.Node(op, name, dict(attrs or {}), list(inputs), outputs, domain=domain))
+        return outputs[0]
+
+    def define(self, function: onnx.FunctionProto) -> None:
+        """Take a model-local function in, once: nodes of its domain and name then have a body."""
+        if all((known.domain, known.name) != (function.domain, function.name) for known in self.gs.functions):
+            self.gs.functions.append(gs.importers.onnx_importer.OnnxImporter.import_function(function))
 
     def _take(self, name: str) -> None:
         if self._taken is not None:

@@ -4,7 +4,7 @@ Legend: K input channels, N output channels, G groups of K / G input channels ea
 
 Grid "int": q = clip(round(w / scale), -qmax, qmax). Grid "e2m1": q is twice a number of {0, ½, 1, 1½, 2, 3, 4, 6} or of
 its negatives (the element type of MXFP4, OCP Microscaling Formats 1.0), so that it fits an integer and ŵ = scale · q.
-Ties go to the even integer, in E2M1 to the even mantissa.
+Grid "e4m3": q is a float8e4m3fn number. Ties go to the even integer, in the floating-point grids to the even mantissa.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ def nearest(quotient: Array, qmax: int, grid: Grid = "int") -> Array:
         quotient /= step
         np.rint(quotient, out=quotient)
         quotient *= step
+    elif grid == "e4m3":
+        np.clip(quotient, -qmax, qmax, out=quotient)  # first: what is too large becomes NaN in this type
+        quotient[...] = quotient.astype(numpy_type("float8e4m3fn"))
     else:
         np.rint(quotient, out=quotient)
     return np.clip(quotient, -qmax, qmax, out=quotient)
 
 
 def numpy_type(dtype: str) -> np.dtype[np.generic]:
-    """numpy's type of an ONNX integer type; ml_dtypes' where numpy has none (4 bits)."""
+    """numpy's type of an ONNX type; ml_dtypes' where numpy has none (4 bits, float8)."""
     found: np.dtype[np.generic] = onnx.helper.tensor_dtype_to_np_dtype(getattr(onnx.TensorProto, dtype.upper()))
     return found
 

@@ -47,9 +47,17 @@ def session(
             # onnxruntime takes no 4-bit arrays from numpy: packed into the model, half a byte each.
             tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(arrays.pop(tensor.name)), tensor.name))
     names = list(arrays)
-    values = [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(arrays[n])) for n in names]
+    values = [_value(np.ascontiguousarray(arrays[n])) for n in names]
     settings.add_external_initializers(names, values)
     return ort.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+
+
+def _value(array: Array) -> ort.OrtValue:
+    """The array as onnxruntime sees it; of types numpy does not have itself it wants the bytes and the ONNX type."""
+    if array.dtype.isbuiltin == 1:
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(f"u{array.dtype.itemsize}"), kind)
 
 
 def run(

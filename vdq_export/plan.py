@@ -18,14 +18,20 @@ from vdq_export.recipe import Recipe
 
 Branch = Literal["cond", "uncond", "any"]
 Precision = Literal["", "low", "high"]
-Grid = Literal["int", "e2m1"]
+Grid = Literal["int", "e2m1", "e4m3"]
+ScaleType = Literal["float", "e8m0", "e4m3"]
 TensorKind = Literal["codes", "scale", "down", "up"]
 IntType = Literal["int4", "uint4", "int8", "uint8", "int16", "uint16"]
+Float8 = Literal["float8e4m3fn"]
+WeightType = IntType | Float8
+ActivationType = IntType | Float8 | Literal["float"]
 INT_RANGE: dict[str, tuple[int, int]] = {
     "int4": (-8, 7), "uint4": (0, 15),
     "int8": (-128, 127), "uint8": (0, 255),
     "int16": (-32768, 32767), "uint16": (0, 65535),
 }  # fmt: skip
+WIDEST = 16  # bits: a quantizer of so many has all the levels of its type
+E4M3_MAX = 448  # the largest float8e4m3fn number
 
 
 class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -91,35 +97,44 @@ class WeightPlan(_Data, frozen=True):
 
     scale: [N], or none where the plan's tensors hold them as [K / group, N]. q = clip(round(W / scale), -qmax, qmax) of
     the smoothed, rotated weight less its low-rank branch; `qmax` is below the type's own for kernels that would
-    saturate. grid "e2m1" (MXFP4): q is twice a number of {0, ½, 1, 1½, 2, 3, 4, 6}, scale half a power of two.
+    saturate. grid "e2m1": q is twice a number of {0, ½, 1, 1½, 2, 3, 4, 6}; "e4m3": q is a float8e4m3fn number.
+    scales "e8m0": powers of two (MXFP4, MXFP8); "e4m3" (NVFP4): float8e4m3fn numbers times `unit`, one number for the
+    whole weight (with e2m1 that is half of what stands beside the elements themselves).
     codes: q is not nearest rounding and stands in the plan's tensors.
     """
 
-    dtype: IntType
+    dtype: WeightType
     qmax: Annotated[int, Meta(gt=0)]
     why: str
     scale: tuple[float, ...] = ()
     bits: int = 8
     group: Annotated[int, Meta(ge=0)] = 0
     grid: Grid = "int"
+    scales: ScaleType = "float"
+    unit: Annotated[float, Meta(ge=0.0)] = 0.0
     codes: bool = False
 
 
 class Dynamic(_Data, frozen=True):
     """Activation parameters computed at run time, for targets that can: per `token` row, per `channel` over the tokens
-    of a sample, or `mx`: per token and block of 32 channels, a power of two (E8M0).
+    of a sample, or per token and block: `mx` and `mxfp8`, of 32 channels, a power of two (E8M0) for E2M1 and E4M3
+    numbers; `nvfp4`, of 16 channels, an E4M3 number times `unit` for E2M1 numbers.
 
-    ratio: share of the observed extremes that is covered. offset: added to the exponent (mx).
+    ratio: share of the observed extremes that is covered. offset: added to the exponent (mx). unit: static (nvfp4).
     """
 
-    kind: Literal["token", "channel", "mx"]
+    kind: Literal["token", "channel", "mx", "mxfp8", "nvfp4"]
     why: str
     ratio: float = 1.0
     offset: int = 0
+    unit: Annotated[float, Meta(ge=0.0)] = 0.0
 
 
 class LayerPlan(_Data, frozen=True):
-    """One linear. `value` is the graph value it reads; `keep_float` (a reason) excludes every quantization field."""
+    """One linear. `value` is the graph value it reads; `keep_float` (a reason) excludes every quantization field.
+
+    activation_dtype "float": only the weight is quantized, there are no ranges.
+    """
 
     name: str
     value: str
@@ -130,7 +145,7 @@ class LayerPlan(_Data, frozen=True):
     rotation: Rotation | None = None
     low_rank: LowRank | None = None
     weight: WeightPlan | None = None
-    activation_dtype: IntType = "uint8"
+    activation_dtype: ActivationType = "uint8"
     activation_bits: int = 8  # below the type's own: levels qmin … qmin + 2^bits − 1 of it
     activation: tuple[Range, ...] = ()  # one per bin …
     dynamic: tuple[Dynamic, ...] = ()  # … or, computed at run time, this one per bin
@@ -231,8 +246,16 @@ class QuantPlan(_Data, frozen=True):
         return decode(data, QuantPlan, origin, PlanError)
 
 
+def bounds(dtype: str, bits: int) -> tuple[int, int]:
+    """(lowest, highest) level of a quantizer of `bits` bits in `dtype`."""
+    if dtype == "float8e4m3fn":
+        return -E4M3_MAX, E4M3_MAX
+    low, high = INT_RANGE[dtype]
+    return low, min(high, low + 2**bits - 1)
+
+
 def tensor_name(layer: str, what: TensorKind) -> str:
-    """Name of one of the plan's tensors: codes int8 [K, N], scale float32 [K / group, N], down [K, r], up [r, N]."""
+    """Name of one of the plan's tensors: codes [K, N], scale float32 [K / group, N], down [K, r], up [r, N]."""
     return f"{layer}#{what}"
 
 
@@ -241,8 +264,9 @@ def _check_layer(layer: LayerPlan, bins: int) -> None:
         if layer.weight or layer.activation or layer.dynamic or layer.smoothing or layer.rotation or layer.low_rank:
             raise PlanError(f"layer {layer.name}: kept in float and quantized at once")
         return
-    if layer.weight is None or len(layer.activation) + len(layer.dynamic) != bins:
-        raise PlanError(f"layer {layer.name}: needs a weight plan and {bins} activation ranges, one a bin")
+    wanted = 0 if layer.activation_dtype == "float" else bins
+    if layer.weight is None or len(layer.activation) + len(layer.dynamic) != wanted:
+        raise PlanError(f"layer {layer.name}: needs a weight plan and {wanted} activation ranges, one a bin")
     if layer.activation and layer.dynamic:
         raise PlanError(f"layer {layer.name}: static and dynamic ranges at once")
     k, n = layer.shape
@@ -253,8 +277,7 @@ def _check_layer(layer: LayerPlan, bins: int) -> None:
         raise PlanError(f"layer {layer.name}: {k} channels in groups of {layer.weight.group}")
     if layer.rotation and k % layer.rotation.block:
         raise PlanError(f"layer {layer.name}: {k} channels in rotation blocks of {layer.rotation.block}")
-    low, high = INT_RANGE[layer.activation_dtype]
-    high = min(high, low + 2**layer.activation_bits - 1)
+    low, high = bounds(layer.activation_dtype, layer.activation_bits) if layer.activation else (0, 0)
     for index, one in enumerate(layer.activation):
         if not low <= one.zero_point <= high:
             raise PlanError(

@@ -23,6 +23,7 @@ class _Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 Bits = Literal[4, 6, 8, 16]
+NumberFormat = Literal["int", "mxfp4", "mxfp8", "nvfp4", "fp8"]
 
 
 class GptqRecipe(_Settings, frozen=True):
@@ -38,12 +39,13 @@ class WeightRecipe(_Settings, frozen=True):
     """Weights: symmetric, one scale per output channel, or per `group` input channels of one.
 
     range: `mse` narrows each range to the least squared error, `pbq` narrows both bounds by progressive search.
-    rounding: `nearest`, or `gptq` with the Hessian of the quantized input. grid: `mxfp4` is E2M1 with E8M0 scales over
-    blocks of 32.
+    rounding: `nearest`, or `gptq` with the Hessian of the quantized input. grid: `mxfp4` and `mxfp8` are E2M1 and
+    E4M3 numbers with E8M0 scales over blocks of 32, `nvfp4` E2M1 with E4M3 scales over blocks of 16, `fp8` E4M3 with a
+    float scale per output channel.
     """
 
     bits: Bits = 8
-    grid: Literal["int", "mxfp4"] = "int"
+    grid: NumberFormat = "int"
     group: Literal[0, 32, 64, 128] = 0
     range: Literal["minmax", "mse", "pbq"] = "minmax"
     rounding: Literal["nearest", "gptq"] = "nearest"
@@ -54,11 +56,12 @@ class ActivationRecipe(_Settings, frozen=True):
     """Activations: asymmetric, one scale and zero_point per tensor and bin. `percentile` is two-sided, in percent.
 
     clip: shares of the range tried per value and bin on the output error of the layers that read it; () tries none.
-    granularity: `token` and `channel` are computed at run time, only for targets whose table says so; so is `mxfp4`.
+    granularity: `token` and `channel` are computed at run time, only for targets whose table says so; so are the
+    block scales of `mxfp4`, `mxfp8` and `nvfp4`. grid: `fp8` is E4M3, symmetric; `float` quantizes weights alone.
     """
 
     bits: Bits = 8
-    grid: Literal["int", "mxfp4"] = "int"
+    grid: NumberFormat | Literal["float"] = "int"
     granularity: Literal["tensor", "token", "channel"] = "tensor"
     range: Literal["minmax", "percentile", "mse"] = "minmax"
     percentile: Annotated[float, Meta(gt=50.0, le=100.0)] = 99.99

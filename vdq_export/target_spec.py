@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from vdq_export.plan import Grid, IntType
+from vdq_export.plan import IntType
+from vdq_export.recipe import NumberFormat
 
 
 class Capability(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,7 +25,9 @@ class TargetSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     activation_dtype, weight_dtype: bits -> ONNX integer type. weight_qmax: largest |q| of a weight (63 where the
     kernel's 16-bit pair sum would saturate). integer: (activation, weight) types that one kernel multiplies; the
-    others run dequantized. groups: weight group sizes. grids: number grids beside integers. dynamic: may compute
+    others run dequantized. groups: weight group sizes; weights of `group_only` bits exist in groups alone. grids:
+    number formats of recipes it has; refused: why it lacks others. pairs: (weights, activations) it multiplies, named
+    "int8", "int4", "fp8" …, or "float"; (): any. symmetric_activations: zero points are 0. dynamic: may compute
     statistics at run time. min_rows: linears over fewer rows stay float. hand_off: standard ops only, for another
     toolchain. every_operator: values between linears are quantized too (QuantPlan.values). default_activations: bits
     of activations unless the caller says otherwise; 0: the recipe's.
@@ -39,7 +42,11 @@ class TargetSpec(msgspec.Struct, frozen=True, kw_only=True):
     weight_qmax: dict[int, int]
     integer: tuple[tuple[IntType, IntType], ...] = ()
     groups: tuple[int, ...] = ()
-    grids: tuple[Grid, ...] = ("int",)
+    group_only: tuple[int, ...] = ()
+    grids: tuple[NumberFormat, ...] = ("int",)
+    refused: dict[NumberFormat, str] = {}
+    pairs: tuple[tuple[str, str], ...] = ()
+    symmetric_activations: bool = False
     min_rows: int = 2
     dynamic: bool = False
     hand_off: bool = False

@@ -1,0 +1,95 @@
+"""NVIDIA TensorRT: strongly typed QDQ ONNX by its published rules.
+
+Everything TensorRT runs in low precision says so in the graph: Q/DQ in symmetric INT8 or FP8, INT4 weights in groups,
+NVFP4 and MXFP8 with its own operators, whose bodies the file carries, so that onnxruntime runs the same file. No GPU
+has been asked: the rules are those of NVIDIA's documentation and of its ONNX parser's source, row by row with their
+source in targets/tables/tensorrt.toml.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vdq_export.errors import UnknownNameError
+from vdq_export.plan import QuantPlan
+from vdq_export.target_spec import Capability, TargetSpec
+
+NAME = "tensorrt"
+FORMS = ()
+PASSES = ()
+ISA = "fp32"
+_SCHEMES = "TensorRT 11.3, Quantization Schemes"
+_PARSER = "onnx-tensorrt, onnxOpImporters.cpp"
+_NO_MXFP4 = (
+    "TensorRT publishes no MXFP4: its FP4 has blocks of 16 with E4M3 scales (NVFP4), and its parser takes E8M0 scales "
+    "for FP8 numbers alone"
+)
+TABLE = (
+    Capability(
+        subject="INT8 activations per tensor x INT8 weights per output channel", supported=True,
+        detail="signed and symmetric, zero points 0, range -128 … 127", source=_SCHEMES,
+    ),
+    Capability(
+        subject="UINT8, other zero points than 0", supported=False,
+        detail="refused by the parser outside of DLA", source=_PARSER,
+    ),
+    Capability(
+        subject="FP8 (E4M3FN) activations per tensor x FP8 weights per output channel", supported=True,
+        detail="static scales; Ada, Hopper and later", source=_SCHEMES,
+    ),
+    Capability(
+        subject="INT4 weights in groups of 64 or 128, float activations", supported=True,
+        detail="weights alone; the block dimension is one of the last two", source=_SCHEMES,
+    ),
+    Capability(
+        subject="NVFP4: blocks of 16, E4M3 scales, one float scale", supported=True,
+        detail="activation blocks at run time (TRT_FP4DynamicQuantize), their float scale static; Blackwell",
+        source=_SCHEMES,
+    ),
+    Capability(
+        subject="MXFP8: blocks of 32, E8M0 scales", supported=True,
+        detail="activation blocks at run time (TRT_MXFP8DynamicQuantize); Blackwell", source=_SCHEMES,
+    ),
+    Capability(subject="MXFP4", supported=False, detail=_NO_MXFP4, source=f"{_SCHEMES}; {_PARSER}"),
+)  # fmt: skip
+
+
+def spec(isa: str | None = None) -> TargetSpec:
+    """Raises UnknownNameError for another type of the float parts than it writes."""
+    if isa not in (None, ISA):
+        raise UnknownNameError("type of the float parts", str(isa), (ISA,))
+    return TargetSpec(
+        name=NAME,
+        summary="NVIDIA GPUs: strongly typed QDQ ONNX for TensorRT, INT8, FP8, INT4 weights, NVFP4 or MXFP8",
+        isa=ISA,
+        activation_dtype={8: "int8"},
+        weight_dtype={4: "int4", 8: "int8"},
+        weight_qmax={4: 7, 8: 127},
+        groups=(64, 128),
+        group_only=(4,),
+        grids=("int", "fp8", "nvfp4", "mxfp8"),
+        refused={"mxfp4": _NO_MXFP4},
+        pairs=(
+            ("int8", "int8"),
+            ("fp8", "fp8"),
+            ("int4", "float"),
+            ("nvfp4", "nvfp4"),
+            ("nvfp4", "float"),
+            ("mxfp8", "mxfp8"),
+        ),
+        symmetric_activations=True,
+        dynamic=True,
+        hand_off=True,
+        isas=(ISA,),
+        table=TABLE,
+    )
+
+
+def session_options(spec: TargetSpec) -> dict[str, str]:
+    """onnxruntime config entries: its own fusions would compute in fewer bits than the graph says."""
+    return {"session.disable_quant_qdq": "1"}
+
+
+def integer_layers(optimised_model: Path, plan: QuantPlan) -> dict[str, bool]:
+    """onnxruntime's CPU provider only checks the numbers."""
+    return {}
