@@ -26,8 +26,14 @@ bench: $(READY)
 bench-fidelity: $(READY)
 	$(BIN)/python -m benchmarks.fidelity
 
+# AIMET reads our encodings in an environment of its own (2 GB with the CPU wheel of torch).
+aimet: .venv-aimet/.ready
+
+test-aimet: $(READY) .venv-aimet/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_encodings_aimet.py
+
 clean:
-	rm -rf .venv tests/host/node_modules build dist demo vdq_export.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-aimet tests/host/node_modules build dist demo vdq_export.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -40,4 +46,9 @@ $(HOST): tests/host/package.json tests/host/package-lock.json
 	elif cd tests/host && npm ci --ignore-scripts; then touch node_modules/.ready; \
 	else echo "npm ci failed: the host loop will not be tested on its runtimes"; fi
 
-.PHONY: demo test lint goldens bench bench-fidelity clean
+.venv-aimet/.ready: tests/aimet/requirements.txt
+	$(PYTHON) -m venv .venv-aimet
+	.venv-aimet/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/aimet/requirements.txt
+	touch .venv-aimet/.ready
+
+.PHONY: demo test test-aimet aimet lint goldens bench bench-fidelity clean

@@ -13,9 +13,10 @@ from vdq_export.graph import Array, Graph
 
 
 def small_qdq(*, gain: float = 1.0, block: int = 0) -> Graph:
-    """x → int8 per-channel MatMul (or int4, in blocks) → + int32 bias → Softmax, read in u16 and, again, in s16.
+    """x → Gemm with an int8 weight per channel (or int4, in blocks) and int32 bias → + u8 constant → Softmax, read in
+    u16 and, again, in s16.
 
-    Shapes: x [2, 4, 64], weight [64, 8], bias [8], y [2, 4, 4]. gain: of the activation scales, as bins differ.
+    Shapes: x [4, 64], weight [64, 8], bias [8], shift [8], y [4, 4]. gain: of the activation scales, as bins differ.
     """
     random = np.random.default_rng(1)
     constants: dict[str, Array] = {}
@@ -46,14 +47,15 @@ def small_qdq(*, gain: float = 1.0, block: int = 0) -> Graph:
     grouped = {"axis": 0, "block_size": block} if block else {"axis": 1}
     x = pair("x", np.uint16, 2 / 65535, 32768)
     weight = constant("weight", codes, scale, np.zeros(shape, weight_type), **grouped)
-    product = pair(step("MatMul", [x, weight], "product"), np.uint8, 0.05, 121)
-    bias_scale = random.uniform(1e-6, 1e-5, 8).astype(np.float32)
     bias_codes = random.integers(-100000, 100000, 8).astype(np.int32)
+    bias_scale = random.uniform(1e-6, 1e-5, 8).astype(np.float32)
     bias = constant("bias", bias_codes, bias_scale, np.zeros(8, np.int32), axis=0)
-    shifted = pair(step("Add", [product, bias], "shifted"), np.uint16, 1e-4, 30000)
+    product = pair(step("Gemm", [x, weight, bias], "product"), np.uint8, 0.05, 121)
+    shift = constant("shift", random.integers(0, 256, 8).astype(np.uint8), np.array(0.01, np.float32), np.uint8(100))
+    shifted = pair(step("Add", [product, shift], "shifted"), np.uint16, 2e-4, 30000)
     soft = pair(step("Softmax", [shifted], "soft", axis=-1), np.uint16, 1 / 65535, 0)
     again = pair(soft, np.int16, 1 / 32767, 0, "soft.second")
-    turned = pair(step("Transpose", [soft], "turned", perm=[0, 2, 1]), np.uint16, 1 / 65535, 0)
+    turned = pair(step("Transpose", [soft], "turned", perm=[1, 0]), np.uint16, 1 / 65535, 0)
     pair(step("MatMul", [again, turned], "inner"), np.uint16, 1e-4, 0)
     nodes[-1].output[0] = "y"
 
@@ -61,7 +63,7 @@ def small_qdq(*, gain: float = 1.0, block: int = 0) -> Graph:
                ((n, np.asarray(a)) for n, a in constants.items())]  # fmt: skip
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
-        nodes, "small", [value("x", TensorProto.FLOAT, [2, 4, 64])], [value("y", TensorProto.FLOAT, [2, 4, 4])], tensors
+        nodes, "small", [value("x", TensorProto.FLOAT, [4, 64])], [value("y", TensorProto.FLOAT, [4, 4])], tensors
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     return Graph.from_proto(onnx.shape_inference.infer_shapes(model))

@@ -189,7 +189,7 @@ def write_encodings(writer: BundleWriter, graphs: Mapping[str, Graph | Path]) ->
 
 
 def file_name(name: str, version: Version) -> str:
-    return f"{name}.aimet-{version}.json"
+    return f"{name.removeprefix('body.')}.aimet-{version}.json"
 
 
 def _constant(node: Node) -> Quantized:

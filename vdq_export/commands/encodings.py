@@ -54,14 +54,14 @@ def _write(bundle: Bundle, folder: Path, versions: tuple[encodings.Version, ...]
     models: dict[str, str] = {}  # weights -> the float graph that has them
     rows: list[dict[str, object]] = []
     for graph_path in bundle.schedule.graphs:
-        name = Path(graph_path).stem.removeprefix("body.")
+        name = Path(graph_path).stem
         graph = Graph.load(bundle.path / graph_path)
         found = encodings.of_graph(graph)
         if not found:
             continue  # a float graph: the host's, or for another converter run without encodings
         key = float_graph.weights_key(graph)
         if key not in models:
-            models[key] = "model.onnx" if not models else f"model.{name}.onnx"
+            models[key] = "model.onnx" if not models else f"model.{name.removeprefix('body.')}.onnx"
             float_graph.save(graph, folder / models[key])
         made = []
         for version in versions:
