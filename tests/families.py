@@ -157,13 +157,13 @@ def hunyuan_video() -> Model:
 
 
 def cosmos() -> Model:
-    """Rotary and learned positions, low-rank modulation, a padding mask among the channels."""
+    """Rotary and learned positions, low-rank modulation."""
     network = _network(
         "CosmosTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16,
-        num_layers=2, text_embed_dim=32, adaln_lora_dim=8, max_size=(4, 16, 16),
+        num_layers=2, text_embed_dim=32, adaln_lora_dim=8, max_size=(4, 16, 16), concat_padding_mask=False,
     )  # fmt: skip
     shapes = {"hidden_states": (1, 4, 2, 8, 8), "encoder_hidden_states": (1, 8, 32)}
-    return _model("cosmos", _fix(network, padding_mask=torch.zeros(1, 1, 8, 8)), shapes)
+    return _model("cosmos", network, shapes)
 
 
 def skyreels() -> Model:
