@@ -32,6 +32,7 @@ Node: TypeAlias = Any
 Variable: TypeAlias = Any
 Constant: TypeAlias = Any
 Value: TypeAlias = Any
+gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR  # it warns of every float8 value, which is preserved
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,10 @@ class Graph:
     def from_proto(proto: onnx.ModelProto, arrays: Mapping[str, Array] | None = None, source: str = "") -> Graph:
         """`arrays` supplies initializers whose data the proto leaves out."""
         graph = gs.import_onnx(proto)
+        held = _of_foreign_types(proto) | dict(arrays or {})
         for name, tensor in graph.tensors().items():
-            if arrays and name in arrays and isinstance(tensor, gs.Constant):
-                tensor.values = arrays[name]
+            if name in held and isinstance(tensor, gs.Constant):
+                tensor.values = held[name]
         return Graph(graph, source)
 
     @staticmethod
@@ -328,6 +330,17 @@ def _placeholder(name: str, values: Array) -> onnx.TensorProto:
     entry = tensor.external_data.add()
     entry.key, entry.value = "location", "unset"
     return tensor
+
+
+def _of_foreign_types(proto: onnx.ModelProto) -> dict[str, Array]:
+    """Constants inside the file whose types numpy does not have (float8, bfloat16, 4 bits): graphsurgeon reads them as
+    float32, and writes that."""
+    return {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in proto.graph.initializer
+        if tensor.data_location != onnx.TensorProto.EXTERNAL
+        and not onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).isbuiltin
+    }
 
 
 def _map_external(tensor: onnx.TensorProto, folder: Path) -> Array:
