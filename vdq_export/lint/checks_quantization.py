@@ -135,12 +135,13 @@ class Blocks(Check, frozen=True, tag="blocks"):
 
 
 class MatchingScales(Check, frozen=True, tag="matching_scales"):
-    """Inputs and outputs of an operator that only moves values, with unlike scales or zero points."""
+    """An operator that only moves values, whose outputs are scaled otherwise than one of these `inputs`."""
+
+    inputs: tuple[int, ...] = (0,)
 
     def unit(self, unit: Unit, scope: Scope) -> Iterator[str]:
-        operands = [o for o in (*unit.inputs[:1], *unit.outputs) if o.encoding is not None]
-        scales = {_numbers(o) for o in operands}
-        if len(scales) > 1:
+        moved = [found for index in self.inputs if (found := _at(unit, index)) is not None]
+        if len({_numbers(o) for o in (*moved, *unit.outputs) if o.encoding is not None}) > 1:
             yield f"{unit.op} moves values between unlike scales"
 
 

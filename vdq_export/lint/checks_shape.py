@@ -107,6 +107,15 @@ class LastAxis(Check, frozen=True, tag="last_axis"):
             yield f"{self.attribute} = {axis} of {len(shape)} dimensions, not the last"
 
 
+class OneMatrix(Check, frozen=True, tag="one_matrix"):
+    """Input 0 holds several matrices: its dimensions before the last two multiply to more than 1."""
+
+    def unit(self, unit: Unit, scope: Scope) -> Iterator[str]:
+        shape = unit.inputs[0].shape or ()
+        if any(size != 1 for size in shape[:-2]):
+            yield f"input of shape {list(shape)}"
+
+
 class Broadcast(Check, frozen=True, tag="broadcast"):
     """An operand repeated along `axis` (from the end, -3) but not along the axis behind it, where `readers` follow.
 

@@ -168,7 +168,7 @@ def _dtype_name(value: Value) -> str:
         return ""
     if isinstance(value.dtype, int):  # graphsurgeon leaves types that numpy lacks as ONNX's number
         return str(onnx.helper.tensor_dtype_to_np_dtype(value.dtype).name)
-    return np.dtype(value.dtype).name
+    return str(np.dtype(value.dtype).name)
 
 
 def _input(value: Value) -> Operand:
