@@ -29,6 +29,7 @@ LAYERS = {
     "vdq_export.hadamard": 1,
     "vdq_export.number_grid": 1,
     "vdq_export.ort": 1,
+    "vdq_export.openvino_runtime": 1,
     "vdq_export.qnn_provider": 1,
     "vdq_export.contract": 1,
     "vdq_export.experts": 1,
@@ -51,7 +52,9 @@ LAYERS = {
     "vdq_export.quality": 4,
     "vdq_export.auto": 4,
     "vdq_export.verify": 4,
+    "vdq_export.verify_openvino": 4,
     "vdq_export.bisect": 4,
+    "vdq_export.verify_device": 4,
     "vdq_export.commands": 5,
     "vdq_export.cli": 6,
 }

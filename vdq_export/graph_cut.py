@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from vdq_export.errors import PassError
 from vdq_export.graph import Array, Constant, Graph, Node, Value, is_constant
@@ -22,7 +25,7 @@ QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
 @dataclass(frozen=True)
 class Encoding:
-    """A per-tensor or (axis) per-channel quantizer as it stands in the graph; scale and zero_point are arrays."""
+    """A quantizer as it stands in the graph: scale and zero_point are 0-d per tensor, [C] along `axis` per channel."""
 
     codes: str  # name of the integer tensor
     dtype: str
@@ -95,10 +98,11 @@ def encoding(node: Node) -> Encoding:
     zero = node.inputs[2] if len(node.inputs) > 2 and node.inputs[2].name else None
     if not is_constant(scale) or (zero is not None and not is_constant(zero)):
         raise PassError(f"the parameters of {node.name} are computed, not constant")
-    axis = int(node.attrs.get("axis", 1)) if scale.values.size > 1 else None
     dtype = zero.values.dtype if zero is not None else _dtype(codes)
-    zeros = zero.values if zero is not None else scale.values * 0
-    return Encoding(str(codes.name), dtype.name, scale.values, zeros, axis)
+    zeros = zero.values if zero is not None else np.zeros_like(scale.values, np.int32)
+    if scale.values.size == 1:
+        return Encoding(str(codes.name), np.dtype(dtype).name, scale.values.reshape(()), zeros.reshape(()))
+    return Encoding(str(codes.name), np.dtype(dtype).name, scale.values, zeros, int(node.attrs.get("axis", 1)))
 
 
 def encodings(graph: Graph) -> Iterator[Encoding]:
@@ -172,7 +176,7 @@ def unquantized(graph: Graph) -> Graph:
     return made
 
 
-def _dtype(codes: Constant) -> object:
+def _dtype(codes: Constant) -> Any:
     if codes.dtype is None:
         raise PassError(f"{codes.name} has no known type")
     return codes.dtype

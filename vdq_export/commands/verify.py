@@ -1,4 +1,6 @@
-"""vdq-export verify BUNDLE: measure a bundle against its float model; exit 1 when a threshold is missed."""
+"""vdq-export verify BUNDLE: measure a bundle against its float model, here or on a device; exit 1 when a threshold is
+missed.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,33 @@ from pathlib import Path
 import click
 
 from vdq_export.bundle import Bundle
-from vdq_export.commands.options import machine_readable, reporter, verbosity
+from vdq_export.commands.options import machine_readable, reporter, together, verbosity
 from vdq_export.report.data import VerifyReport
+from vdq_export.report.device import Bisection, DeviceBin, DeviceReport
 from vdq_export.verify import verify
+from vdq_export.verify_device import Choices, bisect_file, verify_device
+
+CLIPS, DEVICE_CLIPS = 20, 1
+
+_on_device = together(
+    click.option("--device", type=click.Choice(["htp-emulator"]), help="Run there: each bin, then the clips."),
+    click.option("--arch", default="v75", show_default=True, help="Device's architecture."),
+    click.option(
+        "--steps-per-bin", type=click.IntRange(min=1), default=2, show_default=True, help="Calls of each bin there."
+    ),
+    click.option("--bisect", is_flag=True, help="Name the first operator that differs there, where a bin fails."),
+    click.option("--out", type=click.Path(path_type=Path), help="Save that operator alone here, with its inputs."),
+)
 
 
 @click.command("verify")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--model", help="The float model; by default the one the bundle names.")
-@click.option("--clips", type=click.IntRange(min=0), default=20, show_default=True, help="Whole clips to compare.")
-@click.option("--save", is_flag=True, help="Keep the result in the bundle as report/report.json.")
+@click.option(
+    "--clips", type=click.IntRange(min=0), help=f"Whole clips to compare; {CLIPS}, or {DEVICE_CLIPS} on a device."
+)
+@click.option("--save", is_flag=True, help="Keep the result in the bundle: report/report.json, or report/device.json.")
+@_on_device
 @machine_readable
 @verbosity
 @click.pass_context
@@ -24,36 +43,111 @@ def verify_command(
     ctx: click.Context,
     bundle: Path,
     model: str | None,
-    clips: int,
+    clips: int | None,
     save: bool,
+    device: str | None,
+    arch: str,
+    steps_per_bin: int,
+    bisect: bool,
+    out: Path | None,
     as_json: bool,
     verbose: int,
     quiet: bool,
 ) -> None:
-    """Compare BUNDLE with its float model, per layer, per bin and on whole clips."""
+    """Compare BUNDLE with its float model, per layer, per bin and on whole clips.
+
+    With --device the graphs run there, and what counts is what the device adds to the error. With --bisect BUNDLE may
+    also be a quantized .onnx file: it is searched with random inputs.
+    """
+    if device is None and (bisect or out is not None):
+        raise click.UsageError("--bisect and --out need --device")
+    if bundle.suffix == ".onnx" and bundle.is_file():
+        if not bisect:
+            raise click.UsageError("a graph alone can only be searched: --device htp-emulator --bisect")
+        found = bisect_file(bundle, arch, out, reporter(verbose, quiet))
+        click.echo(found.to_json(), nl=False) if as_json else click.echo("\n".join(_bisection_text(found)))
+        ctx.exit(1 if found.suspect is not None else 0)
     opened = Bundle.open(bundle)
-    report = verify(opened, model, clips=clips, reporter=reporter(verbose, quiet))
+    if device is None:
+        count = CLIPS if clips is None else clips
+        report = verify(opened, model, clips=count, reporter=reporter(verbose, quiet))
+    else:
+        count = DEVICE_CLIPS if clips is None else clips
+        choices = Choices(arch=arch, steps=steps_per_bin, clips=count, bisect=bisect, out=out)
+        report = verify_device(opened, model, choices, reporter(verbose, quiet))
     if save:
-        opened.attach("report/report.json", report.to_json())
+        opened.attach(f"report/{'report' if device is None else 'device'}.json", report.to_json())
     click.echo(report.to_json(), nl=False) if as_json else click.echo(_text(report))
     if report.verdict == "fail":
         ctx.exit(1)
 
 
 def _text(report: VerifyReport) -> str:
-    kernels = report.integer_kernels
     lines = [f"verdict: {report.verdict}"]
     if report.psnr_db is not None:
         lines.append(f"clips against float: PSNR {report.psnr_db:.2f} dB")
     if report.judge is not None:
         scores = (f"{k} {v:.0%} → {report.judge.quantized[k]:.0%}" for k, v in report.judge.float_.items())
         lines.append(f"judge, float → bundle: {', '.join(scores)}")
-    lines.append(f"integer kernels: {kernels.executed} of {kernels.planned} planned")
-    lines.append("weakest layers (SQNR):")
+    lines += _device_text(report.device) if report.device is not None else _layers_text(report)
+    lines.append(f"bundle: {report.bundle_bytes / 1e6:.2f} MB")
+    lines += [f"failed: {line}" for line in report.failures]
+    return "\n".join(lines)
+
+
+def _layers_text(report: VerifyReport) -> list[str]:
+    kernels = report.integer_kernels
+    lines = [f"integer kernels: {kernels.executed} of {kernels.planned} planned", "weakest layers (SQNR):"]
     for quality in sorted(report.layers, key=lambda q: q.sqnr_db)[:5]:
         lines.append(
             f"  {quality.sqnr_db:6.1f} dB  {quality.layer} in bin{quality.bin:02d}, worst at t={quality.worst_step:g}"
         )
-    lines.append(f"bundle: {report.bundle_bytes / 1e6:.2f} MB")
-    lines += [f"failed: {line}" for line in report.failures]
-    return "\n".join(lines)
+    return lines
+
+
+def _device_text(device: DeviceReport) -> list[str]:
+    lines = [
+        f"{device.device} {device.arch} ({device.tool}), SQNR against float in dB:",
+        "          exact  device   lost  device-exact  compile  a run  not on device  quantizers",
+    ]
+    lines += [_bin_text(one) for one in device.bins]
+    if device.clip_seconds is not None:
+        lines.append(f"clips on the device: {device.clips}, {device.clip_seconds:.0f} s each")
+    if device.bisection is not None:
+        lines += _bisection_text(device.bisection)
+    return lines
+
+
+def _bin_text(one: DeviceBin) -> str:
+    if one.exact_db is None or one.scales is None:
+        return f"  bin{one.bin:02d}   {one.error}"
+    equal = one.scales.found - len(one.scales.mismatches)
+    return (
+        f"  bin{one.bin:02d}  {one.exact_db:6.2f}  {one.device_db:6.2f}  {one.drop_db:5.2f}  {one.agreement_db:12.2f}"
+        f"  {one.compile_seconds:5.1f} s  {one.run_seconds:3.1f} s  {len(one.off_device):13d}"
+        f"  {equal} equal of {one.scales.quantizers}, {one.scales.found} found"
+    )
+
+
+def _bisection_text(found: Bisection) -> list[str]:
+    suspect = found.suspect
+    head = f"searched {found.graph}: {found.operators} operators, {found.runs} runs, {found.seconds:.0f} s"
+    if suspect is None:
+        return [head, "no operator disagrees with the exact evaluator"]
+    lines = [head, f"first operator that disagrees: {suspect.op} {suspect.node} ({suspect.what})"]
+    if suspect.sqnr_db is not None:
+        steps = "" if suspect.error_steps is None else f", {suspect.error_steps:.1f} quantization steps"
+        lines.append(f"  {suspect.sqnr_db:.1f} dB against the exact result on exact inputs{steps}")
+    if suspect.together_with:
+        lines.append(f"  only together with {', '.join(suspect.together_with[-4:])}")
+    for way, ones in (("in", suspect.inputs), ("out", suspect.outputs)):
+        for one in ones:
+            scale = f"{one.channels} scales" if one.channels else f"scale {one.scale:g}, zero point {one.zero_point}"
+            lines.append(
+                f"  {way:3s} {one.value}: {one.dtype}{'' if not one.channels and one.scale is None else f', {scale}'}"
+            )
+    if suspect.message:
+        lines.append(f"  {suspect.message}")
+    if suspect.reproduction:
+        lines.append(f"  saved: {suspect.reproduction}")
+    return lines

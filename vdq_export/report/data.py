@@ -8,6 +8,7 @@ import msgspec
 
 from vdq_export.errors import BundleError
 from vdq_export.jsonfile import decode, encode
+from vdq_export.report.device import DeviceReport
 
 
 class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -38,7 +39,10 @@ class LayerQuality(_Data, frozen=True):
 
 
 class VerifyReport(_Data, frozen=True):
-    """The verdict, its measurements, and one line for each threshold missed. psnr_db: final clip against float."""
+    """The verdict, its measurements, and one line for each threshold missed. psnr_db: final clip against float.
+
+    device: what was measured there with `verify --device`; clips, judge, layers and kernels are then the device's too.
+    """
 
     verdict: Literal["pass", "fail"]
     bundle_bytes: int
@@ -47,6 +51,7 @@ class VerifyReport(_Data, frozen=True):
     judge: JudgeScores | None = None
     layers: tuple[LayerQuality, ...] = ()
     failures: tuple[str, ...] = ()
+    device: DeviceReport | None = None
     format: Literal[1] = 1
 
     def to_json(self) -> bytes:

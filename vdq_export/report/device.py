@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from vdq_export.jsonfile import encode
+
 Device = Literal["htp-emulator"]
 
 
@@ -67,6 +69,9 @@ class Bisection(_Data, frozen=True):
     seconds: float
     suspect: Suspect | None = None
 
+    def to_json(self) -> bytes:
+        return encode(self, "bisection")
+
 
 class Scales(_Data, frozen=True):
     """The graph's quantizers against those in the backend's own dump.
@@ -74,7 +79,8 @@ class Scales(_Data, frozen=True):
     quantizers: integer tensors of the graph; found: of these, in the dump under their name. per_channel: of the found
     ones, those with a scale per channel: the dump gives their type and number of scales, not the scales.
     largest_difference: of the scales of the others, relative. mismatches: names with another scale, zero point, type or
-    number of scales. float_tensors: tensors inside the graph that the backend keeps in float.
+    number of scales. foreign: tensors of the dump under other names whose quantizer is none of the graph's.
+    float_tensors: tensors inside the graph that the backend keeps in float.
     """
 
     quantizers: int
@@ -82,6 +88,7 @@ class Scales(_Data, frozen=True):
     per_channel: int
     largest_difference: float
     mismatches: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
     float_tensors: tuple[str, ...] = ()
 
 
