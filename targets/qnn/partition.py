@@ -73,6 +73,23 @@ def chain(parts: Sequence[ModelProto], whole: ModelProto) -> tuple[ModelProto, l
     return made, names
 
 
+Encoding = tuple[float, int]
+
+
+def boundary_scales(parts: Sequence[ModelProto]) -> dict[str, list[Encoding]]:
+    """{tensor handed on: scale and zero point where it is made, then where it is read, in each part that does}."""
+    found: dict[str, list[Encoding]] = {}
+    for part in parts:
+        constants = {one.name: one for one in part.graph.initializer}
+        outside = {one.name for one in (*part.graph.input, *part.graph.output)}
+        for node in part.graph.node:
+            tensor = node.output[0] if node.op_type == "QuantizeLinear" else node.input[0] if node.input else ""
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear") and tensor in outside:
+                scale, zero = (numpy_helper.to_array(constants[name]).item() for name in node.input[1:3])
+                found.setdefault(tensor, []).append((float(scale), int(zero)))
+    return {name: encodings for name, encodings in found.items() if len(encodings) > 1}
+
+
 @dataclass(frozen=True)
 class _Needs:
     """What a part takes from elsewhere (in order of first use) and which nodes it runs (indices, in graph order)."""
