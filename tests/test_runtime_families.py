@@ -24,7 +24,8 @@ from vdq_export.graph import Graph
 from vdq_export.manifest import Manifest, ModelIdentity
 from vdq_export.model import Model
 from vdq_export.runtime import families, load
-from vdq_export.runtime.session import CPU, SessionFactory
+from vdq_export.runtime.providers import CPU, Backend
+from vdq_export.runtime.session import SessionFactory
 from vdq_export.runtime.transformer import Transformer
 from vdq_export.schedule import Schedule
 
@@ -119,7 +120,7 @@ def test_another_bins_constants_are_seen(tmp_path: Path) -> None:
     mixed = {**family.constants[1], "zero_point": family.constants[2]["zero_point"]}
     wrong = replace(family, constants={**family.constants, 1: mixed})
     _, own = both(bundle)
-    session = SessionFactory([CPU], {}, 1, several=False)(family)
+    session = SessionFactory(Backend(), {}, 1, several=False)(family)
     x = np.random.default_rng(1).standard_normal((1, ROWS, WIDTH)).astype(np.float32)
     inputs = {"hidden_states": x, "timestep": np.array([TIMES[1]], np.float32)}
     (right,) = session.run(None, {**inputs, **family.constants[1]})
@@ -149,7 +150,7 @@ def test_the_constants_that_differ_do_not_cost_the_integer_kernel(tmp_path: Path
 def test_a_value_that_is_not_fed_is_an_error(tmp_path: Path) -> None:
     """Not silently the first bin's."""
     (family,) = find(write(tmp_path / "out"))
-    session = SessionFactory([CPU], {}, 1, several=False)(family)
+    session = SessionFactory(Backend(), {}, 1, several=False)(family)
     inputs = {"hidden_states": np.zeros((1, ROWS, WIDTH), np.float32), "timestep": np.zeros(1, np.float32)}
     with pytest.raises(ValueError, match="zero_point"):
         session.run(None, inputs)
@@ -274,4 +275,4 @@ def test_other_providers_get_plain_graphs(tmp_path: Path) -> None:
 def test_a_family_that_does_not_load_names_its_graph(tmp_path: Path) -> None:
     (family,) = find(write(tmp_path / "out"))
     with pytest.raises(BundleError, match=r"body\.bin00\.onnx"):
-        SessionFactory([CPU], {}, 1, several=False)(replace(family, model=b"no model"))
+        SessionFactory(Backend(), {}, 1, several=False)(replace(family, model=b"no model"))

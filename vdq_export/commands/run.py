@@ -12,6 +12,7 @@ from vdq_export.bundle import Bundle
 from vdq_export.commands.options import machine_readable, reporter, verbosity
 from vdq_export.errors import ModelError
 from vdq_export.render import side_by_side
+from vdq_export.runtime.providers import choose
 from vdq_export.verify import make_clips
 
 
@@ -23,6 +24,7 @@ from vdq_export.verify import make_clips
     "--out", type=click.Path(path_type=Path), default=Path("clips"), show_default=True, help="Folder for GIF and PNG."
 )
 @click.option("--policy", help="Schedule policy otherwise than the bundle says, for example delta=0.3 or static:low.")
+@click.option("--providers", help="What to run on: ort-qnn-ep, ort-openvino-ep, or an onnxruntime provider by name.")
 @machine_readable
 @verbosity
 def run_command(
@@ -31,6 +33,7 @@ def run_command(
     clips: int,
     out: Path,
     policy: str | None,
+    providers: str | None,
     as_json: bool,
     verbose: int,
     quiet: bool,
@@ -39,10 +42,11 @@ def run_command(
     opened = Bundle.open(bundle)
     if policy is not None:
         opened.schedule.with_policy(policy)  # a bad one is refused before the model is loaded
+    choose(providers, opened)  # and so is a provider that is not installed
     source = sources.resolve(model or opened.manifest.model.name)
     if source.sampler is None:
         raise ModelError(f"{source.name} has no sampler", hint="give the Model one to generate clips with it")
-    made = make_clips(opened, source, clips, reporter(verbose, quiet), policy=policy)
+    made = make_clips(opened, source, clips, reporter(verbose, quiet), policy=policy, providers=providers)
     labels = [source.sampler.describe(case) for case in range(clips)]
     paths = side_by_side(made.reference, made.quantized, labels, out)
     mean = made.mean_psnr_db()

@@ -10,9 +10,10 @@ import msgspec
 
 from vdq_export.bundle import Bundle
 from vdq_export.runtime import families
+from vdq_export.runtime import providers as backends
 from vdq_export.runtime.engine import Engine
 from vdq_export.runtime.probes import Probes
-from vdq_export.runtime.session import SessionFactory, on_cpu
+from vdq_export.runtime.session import SessionFactory
 from vdq_export.runtime.transformer import Transformer
 from vdq_export.schedule import Uncalibrated
 
@@ -20,7 +21,7 @@ from vdq_export.schedule import Uncalibrated
 def load(
     path: str | Path,
     *,
-    providers: Sequence[Any] | None = None,
+    providers: str | Sequence[Any] | None = None,
     session_options: Mapping[str, str] | None = None,
     threads: int | None = None,
     prefetch: bool = True,
@@ -31,12 +32,14 @@ def load(
 ) -> Transformer:
     """Open the bundle at `path` and return a drop-in for `pipe.transformer`.
 
-    providers: onnxruntime execution providers; default: the target's. session_options: onnxruntime config entries,
-    which win over the bundle's. threads: of one operator. prefetch: load the next session in the background. share:
-    one session for all bins whose graphs differ in small constants only (CPU provider). uncalibrated: what a timestep
-    nobody calibrated gets ("nearest" or "refuse"); default: what the bundle says. policy: otherwise than the bundle
-    says, for example "delta=0.3", "static:low" or "delta=0.3+cache=0.1" (docs/schedule.md).
-    Raises BundleError when the bundle is damaged, ScheduleError or UnknownNameError for a policy it cannot follow.
+    providers: a recipe, "ort-qnn-ep" or "ort-openvino-ep" (runtime/providers.py), or onnxruntime execution providers by
+    name; default: the target's. session_options: onnxruntime config entries, which win over the bundle's. threads: of
+    one operator. prefetch: load the next session in the background. share: one session for all bins whose graphs differ
+    in small constants only (CPU provider). uncalibrated: what a timestep nobody calibrated gets ("nearest" or
+    "refuse"); default: what the bundle says. policy: otherwise than the bundle says, for example "delta=0.3",
+    "static:low" or "delta=0.3+cache=0.1" (docs/schedule.md).
+    Raises BundleError when the bundle is damaged, ScheduleError or UnknownNameError for a policy it cannot follow,
+    MissingToolError when the package of a provider recipe is not installed.
     """
     bundle = Bundle.open(path, verify_hashes=verify_hashes)
     schedule = bundle.schedule
@@ -44,11 +47,11 @@ def load(
         schedule = msgspec.structs.replace(schedule, uncalibrated=uncalibrated)
     if policy is not None:
         schedule = schedule.with_policy(policy)
-    options = {**bundle.manifest.session, **(session_options or {})}
-    chosen = providers or bundle.manifest.providers
-    graphs = [bundle.graph_path(index) for index in range(len(schedule.bins))]
+    backend = backends.choose(providers, bundle)
+    options = backend.settings(bundle, session_options or {})
+    graphs = [backend.graph(bundle, bundle.graph_path(index)) for index in range(len(schedule.bins))]
     # Other providers compile a graph for their device, where scales have to be constants.
-    found = families.find(graphs) if share and on_cpu(chosen) else families.alone(graphs)
-    factory = SessionFactory(chosen, options, threads, several=len(found) > 1)
+    found = families.find(graphs) if share and backend.on_cpu else families.alone(graphs)
+    factory = SessionFactory(backend, options, threads, several=len(found) > 1)
     probes = Probes(bundle.path, schedule.reuse, bundle.manifest.signature, factory)
     return Transformer(bundle, schedule, Engine(found, schedule, factory, prefetch=prefetch), probes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -23,9 +23,9 @@ import onnxruntime as ort
 
 from vdq_export.errors import BundleError
 from vdq_export.runtime.families import Family
+from vdq_export.runtime.providers import Backend
 
 SHARING = {"session.disable_prepacking": "1", "session.use_env_allocators": "1"}
-CPU = "CPUExecutionProvider"
 
 _arena_lock = threading.Lock()
 _arena_registered = False
@@ -72,11 +72,9 @@ class SessionFactory:
     several: more than one of its sessions will be alive.
     """
 
-    def __init__(
-        self, providers: Sequence[Any], options: Mapping[str, str], threads: int | None, *, several: bool
-    ) -> None:
-        self._providers = list(providers)
-        self._weights = SharedWeights() if several and on_cpu(providers) else None
+    def __init__(self, backend: Backend, options: Mapping[str, str], threads: int | None, *, several: bool) -> None:
+        self._backend = backend
+        self._weights = SharedWeights() if several and backend.on_cpu else None
         self._options = {**(SHARING if self._weights else {}), **options}
         self._threads = threads
 
@@ -97,14 +95,9 @@ class SessionFactory:
             if self._weights:
                 for name, weight in self._weights.of_family(family).items():
                     settings.add_initializer(name, weight)
-            return ort.InferenceSession(family.model or str(family.graph), settings, providers=self._providers)
+            return self._backend.session(family.model or str(family.graph), settings)
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
             raise BundleError(f"onnxruntime cannot load {family.graph}: {str(error).strip()}") from error
-
-
-def on_cpu(providers: Sequence[Any]) -> bool:
-    """Whether graphs run on onnxruntime's own CPU kernels alone, whose ways with memory and constants are known."""
-    return list(providers) == [CPU]
 
 
 def _share_arena() -> None:
