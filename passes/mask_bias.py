@@ -4,12 +4,14 @@ Legend: s scores, m a mask of zeros and ones (or of booleans), c a large negativ
 
     Softmax(s + (1 - m)·c)              ->  Softmax(s + (1 - m)·MASKED)         MASKED = -64
     Softmax(s + Where(m, 0, c))         ->  Softmax(s + Where(m, 0, MASKED))
+    Where(IsNaN(p), 0, p)               ->  p                       p = Softmax(…): torch's guard against -inf
 
 also where layout changes, Expand or Cast lie between the mask and the sum. A quantizer that has to reach c has steps of
 0.15 (-10000) for the scores beside it, or none at all (-inf).
 
 Exact to float32 as long as no masked score is 47 above the largest one that is not: exp(47 - 64) is 4e-8, and scores
-are far smaller. A row that is masked altogether keeps its softmax: all its scores move alike (-inf gave NaN there).
+are far smaller. A row that is masked altogether keeps its softmax, as all its scores move alike; where c was -inf it
+was NaN (or 0, behind the guard). No float of rank and size of a score overflows a softmax otherwise: the guard goes.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value
-from vdq_export.match import readers, scalar
+from vdq_export.match import made_by, readers, scalar
 
 NAME = "mask_bias"
 AFTER = ("fold_constants", "no_ops")
@@ -32,6 +34,11 @@ def run(graph: Graph, context: PassContext) -> PassReport:
     outputs = {id(value) for value in graph.gs.outputs}
     replacement: dict[np.dtype[np.generic], Value] = {}
     for node in graph.nodes:
+        guarded = _guarded(node)
+        if guarded is not None:
+            graph.replace_uses(node.outputs[0], guarded)
+            node.outputs.clear()
+            report.did(f"{node.name}: guard against NaN removed")
         index = _masking_operand(node)
         if index is None:
             continue
@@ -47,6 +54,14 @@ def run(graph: Graph, context: PassContext) -> PassReport:
         report.did(f"{node.name}: {scalar(old):g} is {MASKED:g}")
     graph.cleanup()
     return report
+
+
+def _guarded(node: Node) -> Value | None:
+    """The softmax whose NaN `node` replaces by zero."""
+    if node.op != "Where" or scalar(node.inputs[1]) != 0.0:
+        return None
+    question, value = made_by(node.inputs[0], "IsNaN"), node.inputs[2]
+    return value if question is not None and question.inputs[0] is value and made_by(value, "Softmax") else None
 
 
 def _masking_operand(node: Node) -> int | None:

@@ -47,6 +47,19 @@ def choice(number: float = float("-inf")) -> Graph:
 CASES = {"product": product(), "choice": choice(), "choice of the lowest float": choice(float(np.finfo("f4").min))}
 
 
+def test_torchs_guard_against_rows_without_a_key_goes() -> None:
+    nodes = [
+        ("Softmax", ["s"], "p", {"axis": -1}),
+        ("IsNaN", ["p"], "nan", {}),
+        ("Where", ["nan", "zero", "p"], "guarded", {}),
+        ("Add", ["guarded", "zero"], "y", {}),
+    ]
+    made = graph({"s": SCORES}, nodes, zero=np.float32(0))
+    short = with_form(made, "mask_bias")
+    assert [node.op for node in short.nodes] == ["Softmax", "Add"]
+    assert np.array_equal(result(short, {"s": FEEDS["s"]}), result(made, {"s": FEEDS["s"]}))
+
+
 def result(made: Graph, feeds: dict[str, Array] = FEEDS) -> Array:
     return ort.run(made, feeds)["y"]
 

@@ -97,6 +97,7 @@ def _export(model: Model) -> ir.Model:
         fold_constants(
             intermediate, onnx_shape_inference=False, should_fold=lambda n: False if n.op_type == "Transpose" else None
         )
+    _mend(intermediate)
     for tidy in (
         ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True),
         ir_passes.IdentityEliminationPass(),
@@ -104,6 +105,35 @@ def _export(model: Model) -> ir.Model:
     ):
         tidy(intermediate)
     return intermediate
+
+
+def _mend(model: ir.Model) -> None:
+    """Replace what the exporter writes and no runtime takes.
+
+    Squeeze(x) of an axis that is not 1 long     ->  Identity(x)                    what torch.squeeze does
+    Where(c, a, b) of booleans (masked_fill)     ->  Or(And(c, a), And(Not(c), b))
+    """
+    for node in list(model.graph):
+        if node.op_type == "Squeeze" and len(node.inputs) == 2 and _keeps_its_shape(node):
+            node.op_type = "Identity"
+            node.resize_inputs(1)
+        elif node.op_type == "Where" and node.outputs[0].dtype == ir.DataType.BOOL:
+            condition, chosen, other = node.inputs
+            made = [ir.node("And", [condition, chosen]), ir.node("Not", [condition])]
+            made.append(ir.node("And", [made[1].outputs[0], other]))
+            for new in made:
+                new.metadata_props.update(node.metadata_props)
+                new.outputs[0].type = node.outputs[0].type
+            model.graph.insert_before(node, made)
+            node.op_type = "Or"
+            node.resize_inputs(2)
+            node.replace_input_with(0, made[0].outputs[0])
+            node.replace_input_with(1, made[2].outputs[0])
+
+
+def _keeps_its_shape(node: ir.Node) -> bool:
+    before, after = node.inputs[0], node.outputs[0]
+    return before is not None and before.shape is not None and before.shape == after.shape
 
 
 @contextlib.contextmanager

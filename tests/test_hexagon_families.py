@@ -1,0 +1,27 @@
+"""Every family of video DiTs, tiny: all of it runs on the HTP, and computes what its graph says.
+
+Several seconds a family: each is traced, calibrated, compiled and emulated as a user's model would be.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.handoff_families import measure
+from tests.families import FAMILIES
+from vdq_export.qnn_provider import available
+
+pytestmark = pytest.mark.skipif(not available(), reason="onnxruntime-qnn is not installed")
+APART_DB = 1.0  # between emulator and exact evaluation, each against the float model
+LEAST_DB = 40.0  # 8-bit weights, 16-bit activations: below it a value lost its resolution somewhere
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_whole_model_runs_on_the_htp_and_is_right(family: str, tmp_path: Path) -> None:
+    found = measure(FAMILIES[family](), tmp_path / "bundle")
+    assert found.cpu_nodes == ()
+    assert found.contexts == 1
+    assert abs(found.emulated_db - found.ort_db) < APART_DB
+    assert found.emulated_db > LEAST_DB
