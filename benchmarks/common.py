@@ -25,7 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build" / "benchmarks"
 RESULTS = ROOT / "benchmarks" / "results"
 FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
-PACKAGES = ("vdq-export", "torch", "diffusers", "onnx", "onnxruntime", "numpy", "nncf", "openvino", "nvidia-modelopt")
+PACKAGES = (
+    *("vdq-export", "torch", "diffusers", "onnx", "onnxruntime", "onnxruntime-qnn", "numpy", "nncf", "openvino"),
+    "nvidia-modelopt",
+)
 
 Task = Callable[[dict[str, Any]], dict[str, Any]]
 Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]  # title, column heads, rows
