@@ -234,5 +234,6 @@ def _even(sizes: Sequence[int], parts: int) -> list[int]:
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
-    bits = 4 if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4) else 0
-    return prod(tensor.dims) * (bits or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize) // 8
+    if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
+        return prod(tensor.dims) // 2
+    return prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
