@@ -7,7 +7,7 @@ inputs of linears with 8- or 4-bit weights and float inputs at run time, 32 chan
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 
 from vdq_export.errors import CompileError, MissingToolError
 from vdq_export.graph import Array
-from vdq_export.plan import QuantPlan
 
 SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
 
@@ -62,14 +61,10 @@ def kernels(compiled: Any) -> dict[str, str]:
     return found
 
 
-def integer_layers(compiled: Any, plan: QuantPlan) -> dict[str, bool]:
-    """For each quantized layer of `plan`: does the compiled graph run it in an 8-bit integer kernel?"""
-    integer = {name for name, kernel in kernels(compiled).items() if kernel.lower().endswith("_i8")}
-    return {
-        layer.name: any(name.startswith(f"{layer.name}/") for name in integer)
-        for layer in plan.layers
-        if layer.quantized
-    }
+def integer_layers(compiled: Any, layers: Iterable[str]) -> set[str]:
+    """Those of `layers` that the compiled graph runs in 8-bit integer kernels."""
+    integer = [name for name, kernel in kernels(compiled).items() if kernel.lower().endswith("_i8")]
+    return {layer for layer in layers if any(name.startswith(f"{layer}/") for name in integer)}
 
 
 def _package() -> Any:
