@@ -1,12 +1,13 @@
 """Wan-1.3B on Hexagon: two blocks compiled, emulated and shared between bins; all 30 blocks compiled and cut.
 
-Needs onnxruntime-qnn (Linux x86-64); --deep-only and --blocks-only do one half. All 30 blocks take about 15 GB of
-memory, 10 GB of disk and half an hour; the emulator needs minutes for one call of two blocks.
+Needs onnxruntime-qnn (Linux x86-64). All 30 blocks take about 15 GB of memory, 10 GB of disk and half an hour; the
+emulator needs minutes for one call of two blocks. So --only runs some of the steps: what the others found is kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import time
@@ -44,14 +45,15 @@ MIB = 2**20
 
 def run(arguments: argparse.Namespace) -> None:
     """Each step in a process of its own: its peak memory is its own, and the next one starts empty."""
-    data: dict[str, Any] = {"arch": ARCH, "soc": SOCS[ARCH].name, "recipe": RECIPE}
     settings = {"small": arguments.small, "parts": arguments.parts}
-    if not arguments.deep_only:
-        for task in ("blocks", "one_bin", "all_bins", "emulate"):
-            data[task] = _step(task, settings, arguments)
-    if not arguments.blocks_only:
-        for task in ("deep_trace", "deep_export", "deep_compile"):
-            data[task] = _step(task, settings, arguments)
+    data: dict[str, Any] = {"arch": ARCH, "soc": SOCS[ARCH].name, "recipe": RECIPE}
+    for task in TASKS:
+        kept = _folder(settings, "steps") / f"{task}.json"
+        if not arguments.only or task in arguments.only:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(_step(task, settings, arguments)))
+        if kept.exists():
+            data[task] = json.loads(kept.read_text())
     report(arguments, data)
 
 
@@ -117,8 +119,7 @@ def emulate(settings: dict[str, Any]) -> dict[str, Any]:
         feeds = {name: stored[name] for name in stored.files}
     reference = feeds.pop("reference")
     graph = Graph.load(path)
-    # Unoptimised and without fusing Q/DQ into integer kernels: the exact values.
-    (cpu,) = ort.run(graph, feeds, options={"session.disable_quant_qdq": "1"}).values()
+    (cpu,) = ort.run(graph, feeds, exact=True).values()
     session = hexagon.emulator(path, ARCH)
     start = time.perf_counter()
     (htp,) = session.run(None, feeds)
@@ -222,9 +223,9 @@ def _traced(folder: Path) -> Graph:
 
 def report(arguments: argparse.Namespace, data: dict[str, Any]) -> None:
     tables: list[common.Table] = []
-    if "blocks" in data:
+    if {"blocks", "one_bin", "all_bins", "emulate"} <= data.keys():
         tables += _blocks_tables(data)
-    if "deep_trace" in data:
+    if {"deep_trace", "deep_export", "deep_compile"} <= data.keys():
         tables.append(_deep_table(data))
     notes = (
         f"Compiler and emulator: onnxruntime-qnn for {ARCH} ({SOCS[ARCH].name}). Recipe {RECIPE}, 16-bit activations, "
@@ -283,21 +284,18 @@ def _deep_table(data: dict[str, Any]) -> common.Table:
     return (f"All blocks: {exported['shape']}", ["", "value"], rows)
 
 
+TASKS = {
+    "blocks": blocks,
+    "one_bin": one_bin,
+    "all_bins": all_bins,
+    "emulate": emulate,
+    "deep_trace": deep_trace,
+    "deep_export": deep_export,
+    "deep_compile": deep_compile,
+}
+
 if __name__ == "__main__":
     made = common.parser(__doc__)
-    made.add_argument("--blocks-only", action="store_true", help="two blocks only")
-    made.add_argument("--deep-only", action="store_true", help="all 30 blocks only")
+    made.add_argument("--only", nargs="+", choices=list(TASKS), help="these steps; the others' results are kept")
     made.add_argument("--parts", type=int, default=0, help="contexts of the 30 blocks; 0: the fewest")
-    common.main(
-        made,
-        run,
-        {
-            "blocks": blocks,
-            "one_bin": one_bin,
-            "all_bins": all_bins,
-            "emulate": emulate,
-            "deep_trace": deep_trace,
-            "deep_export": deep_export,
-            "deep_compile": deep_compile,
-        },
-    )
+    common.main(made, run, TASKS)
