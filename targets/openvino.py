@@ -110,7 +110,7 @@ def session_options(spec: TargetSpec) -> dict[str, str]:
     return {}
 
 
-def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph]) -> None:
+def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec) -> None:
     """Write the settings that every graph is to be compiled with."""
     recipe = Recipe(tool=NAME, tried=TRIED, device="CPU", settings=SETTINGS, graphs=tuple(sorted(graphs)))
     writer.add_file(HANDOFF, encode(recipe, HANDOFF))

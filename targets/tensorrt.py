@@ -1,28 +1,36 @@
 """NVIDIA TensorRT: strongly typed QDQ ONNX by its published rules.
 
 Everything TensorRT runs in low precision says so in the graph: Q/DQ in symmetric INT8 or FP8, INT4 weights in groups,
-NVFP4 and MXFP8 with its own operators, whose bodies the file carries, so that onnxruntime runs the same file. No GPU
-has been asked: the rules are those of NVIDIA's documentation and of its ONNX parser's source, row by row with their
-source in targets/tables/tensorrt.toml.
+NVFP4 and MXFP8 with its own operators, whose bodies the file carries. graphs/ has float parts in FP32 and is what
+onnxruntime verifies; handoff/tensorrt/ has the same graphs in the types that TensorRT is to run. No GPU has been asked:
+the rules are those of NVIDIA's documentation and of its ONNX parser's source, row by row with their source in
+targets/tables/tensorrt.toml.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 
+from vdq_export.bundle_writer import BundleWriter
 from vdq_export.errors import UnknownNameError
+from vdq_export.graph import Graph
 from vdq_export.plan import QuantPlan
 from vdq_export.target_spec import Capability, TargetSpec
+from vdq_export.targets._tensorrt_types import HALF, four_bits, half
+from vdq_export.weight_store import WeightStore
 
 NAME = "tensorrt"
 FORMS = ()
 PASSES = ()
-ISA = "fp32"
+ISAS = (*HALF, "fp32")  # of the float parts
+FOLDER = "handoff/tensorrt"
+WEIGHTS = "weights/weights.bin"
 _SCHEMES = "TensorRT 11.3, Quantization Schemes"
 _PARSER = "onnx-tensorrt, onnxOpImporters.cpp"
 _NO_MXFP4 = (
-    "TensorRT publishes no MXFP4: its FP4 has blocks of 16 with E4M3 scales (NVFP4), and its parser takes E8M0 scales "
-    "for FP8 numbers alone"
+    "TensorRT's documentation has no MXFP4: FP4 comes in blocks of 16 with E4M3 scales (NVFP4), and its ONNX parser "
+    "takes E8M0 scales for FP8 numbers alone"
 )
 TABLE = (
     Capability(
@@ -55,13 +63,14 @@ TABLE = (
 
 
 def spec(isa: str | None = None) -> TargetSpec:
-    """Raises UnknownNameError for another type of the float parts than it writes."""
-    if isa not in (None, ISA):
-        raise UnknownNameError("type of the float parts", str(isa), (ISA,))
+    """isa: the type of the float parts in handoff/, by default FP16. Raises UnknownNameError for another one."""
+    chosen = isa or ISAS[0]
+    if chosen not in ISAS:
+        raise UnknownNameError("type of the float parts", chosen, ISAS)
     return TargetSpec(
         name=NAME,
         summary="NVIDIA GPUs: strongly typed QDQ ONNX for TensorRT, INT8, FP8, INT4 weights, NVFP4 or MXFP8",
-        isa=ISA,
+        isa=chosen,
         activation_dtype={8: "int8"},
         weight_dtype={4: "int4", 8: "int8"},
         weight_qmax={4: 7, 8: 127},
@@ -80,9 +89,35 @@ def spec(isa: str | None = None) -> TargetSpec:
         symmetric_activations=True,
         dynamic=True,
         hand_off=True,
-        isas=(ISA,),
+        isas=ISAS,
         table=TABLE,
     )
+
+
+def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec) -> dict[str, Graph]:
+    """handoff/tensorrt/: the graphs in TensorRT's types over one weight file, and the commands that build engines."""
+    store = WeightStore(writer.file(f"{FOLDER}/{WEIGHTS}"), WEIGHTS)
+    handed = {}
+    for path, verified in graphs.items():
+        graph = verified.copy()
+        if spec.isa in HALF:
+            half(graph, spec.isa)
+        four_bits(graph)
+        proto, arrays = graph.skeleton()
+        store.externalise(proto, arrays)
+        name = f"{FOLDER}/{PurePosixPath(path).stem}.onnx"
+        writer.add_file(name, proto.SerializeToString(deterministic=True))
+        handed[name] = graph
+    store.close()
+    writer.add_file(f"{FOLDER}/build.sh", _commands(handed).encode())
+    return handed
+
+
+def _commands(graphs: Mapping[str, Graph]) -> str:
+    """docs/handoff-tensorrt.md explains them."""
+    names = [PurePosixPath(path).stem for path in graphs]
+    lines = [f"trtexec --onnx={name}.onnx --stronglyTyped --saveEngine={name}.engine" for name in names]
+    return "\n".join(["#!/bin/sh -e", 'cd "$(dirname "$0")"', *lines, ""])
 
 
 def session_options(spec: TargetSpec) -> dict[str, str]:

@@ -25,7 +25,7 @@ import onnx_graphsurgeon as gs
 from vdq_export.errors import PassError
 
 INLINE_BYTES = 1024  # smaller constants stay inside the .onnx file
-FOUR_BIT = ("int4", "uint4")
+FOUR_BIT = ("int4", "uint4", "float4_e2m1fn")
 Array = np.ndarray[Any, Any]
 # graphsurgeon is untyped; these names say which of its objects is meant.
 Node: TypeAlias = Any

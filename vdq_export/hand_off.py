@@ -21,11 +21,12 @@ def write(
 ) -> None:
     """handoff/: the target's own files, and lint.json and lint.sarif of `graphs` {bundle path: the graph there}.
 
-    Findings are told. Raises PassError with `strict` when one of them is an error.
+    A target that hands over other graphs than these returns them from its hand_off(): they are linted. Findings are
+    told. Raises PassError with `strict` when one of them is an error.
     """
     own = getattr(targets.load(spec.name), "hand_off", None)
     if own is not None:
-        own(writer, graphs)
+        graphs = own(writer, graphs, spec) or graphs
     found = lint_graphs(graphs, default_profile(spec.name, spec.isa))
     writer.add_file("handoff/lint.json", found.to_json())
     writer.add_file("handoff/lint.sarif", found.to_sarif())

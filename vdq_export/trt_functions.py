@@ -1,8 +1,8 @@
 """TensorRT's block-scaled operators as ONNX model-local functions: name, attributes, outputs and numbers of each.
 
 TensorRT's ONNX parser knows these names itself and looks there before it looks at a model's functions (onnx-tensorrt,
-ModelImporter.cpp: `opImporters` first, `localFunctions` second). Everybody else runs the bodies, in standard operators
-of opset 21: onnxruntime, the reference evaluator, shape inference. One file serves both.
+ModelImporter.cpp: `opImporters` first, `localFunctions` second). Everybody else runs the bodies, in standard operators:
+onnxruntime, the reference evaluator, shape inference. One file serves both.
 
 Legend: K channels, the last axis; b of a block (16 or 32). x[..., K] float32, float16 or bfloat16.
 
@@ -29,14 +29,11 @@ _POWERS = ", ".join(repr(2.0**e) for e in range(_LOWEST, 128))
 _BIASED = ", ".join(repr(2.0 ** (code - 127)) for code in range(255)) + ", nan"
 
 
-def functions(*, four_bits: bool = False) -> dict[str, FunctionProto]:
-    """The three by name. four_bits: the numbers of TRT_FP4DynamicQuantize are FLOAT4E2M1."""
+def functions(opset: int = 21, *, four_bits: bool = False) -> dict[str, FunctionProto]:
+    """The three by name, in the model's opset. four_bits: the numbers of TRT_FP4DynamicQuantize are FLOAT4E2M1 (23)."""
+    head = f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">'
     texts = {FP4: _fp4(four_bits), MXFP8: _mxfp8(), MXFP8_DEQUANTIZE: _mxfp8_dequantize()}
-    return {name: onnx.parser.parse_function(text) for name, text in texts.items()}
-
-
-def _head(opset: int) -> str:
-    return f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">'
+    return {name: onnx.parser.parse_function(head + text) for name, text in texts.items()}
 
 
 def _split(block: int) -> str:
@@ -57,7 +54,6 @@ def _split(block: int) -> str:
 def _fp4(four_bits: bool) -> str:
     kind = TensorProto.FLOAT4E2M1 if four_bits else TensorProto.FLOAT8E4M3FN
     return f"""
-{_head(23 if four_bits else 21)}
 {FP4} <axis, block_size, scale_type> (x, unit) => (q, s)
 {{{_split(16)}
     six = Constant <value_float: float = 6.0> ()
@@ -94,7 +90,6 @@ def _fp4(four_bits: bool) -> str:
 
 def _mxfp8() -> str:
     return f"""
-{_head(21)}
 {MXFP8} <axis, block_size, output_dtype> (x) => (q, s)
 {{{_split(32)}
     powers = Constant <value = float[{128 - _LOWEST}] {{{_POWERS}}}> ()
@@ -135,7 +130,6 @@ def _mxfp8() -> str:
 
 def _mxfp8_dequantize() -> str:
     return f"""
-{_head(21)}
 {MXFP8_DEQUANTIZE} <axis, block_size, output_dtype> (q, s) => (x)
 {{
     powers = Constant <value = float[256] {{{_BIASED}}}> ()

@@ -19,7 +19,7 @@ from vdq_export.plan import QuantPlan
 from vdq_export.target_spec import Capability, TargetSpec
 
 NAME = "qnn"
-FORMS = ("rank_limit", "square", "flat_rows", "mask_bias", "batch_broadcast")
+FORMS = ("rank_limit", "square", "flat_rows", "mask_bias", "float_masks", "batch_broadcast")
 PASSES = ()
 ARCHS = ("v73", "v75", "v79", "v81")
 _TRIAL = "trial with onnxruntime-qnn 2.7.0, HTP emulator"
@@ -65,7 +65,7 @@ def spec(isa: str | None = None) -> TargetSpec:
     )
 
 
-def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph]) -> None:
+def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec) -> None:
     """AIMET encodings of every bin, for the converters of Qualcomm's own SDK."""
     write_encodings(writer, {PurePosixPath(path).stem: graph for path, graph in graphs.items()})
 
