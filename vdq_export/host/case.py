@@ -20,6 +20,7 @@ from vdq_export.manifest import Signature
 from vdq_export.model import Sampler, Step
 from vdq_export.runtime.batching import primary
 
+Array = np.ndarray[Any, Any]
 SAMPLERS = ("flow-euler",)  # what loop.mjs can carry out
 
 
@@ -44,34 +45,35 @@ def make(bundle: Bundle, sampler: Sampler, number: int) -> bytes:
     Raises ModelError when this does not fit the bundle's graphs, and what the sampler raises for an unknown number.
     """
     signature = bundle.manifest.signature
-    calls = _first_step(sampler, number, signature)
     latent = primary(signature).name
-    start = calls[0]["inputs"][latent]
-    if not all(torch.equal(call["inputs"][latent], start) for call in calls):
+    calls = _first_step(sampler, number, signature)
+    start = calls[0][1][latent]
+    if not all(np.array_equal(inputs[latent], start) for _, inputs in calls):
         raise ModelError(f"the guidance branches of case {number} start from different noise")
-    tensors = {"latent": _numpy(start, signature, latent)}
-    for call in calls:
-        for name, value in call["inputs"].items():
-            if name not in (latent, signature.timestep):
-                tensors[f"{call['branch']}/{name}"] = _numpy(value, signature, name)
+    tensors = {"latent": start}
+    for branch, inputs in calls:
+        for name in inputs.keys() - {latent, signature.timestep}:
+            tensors[f"{branch}/{name}"] = inputs[name]
     metadata = {
         "latent": latent,
-        "branches": " ".join(call["branch"] for call in calls),
+        "branches": " ".join(branch for branch, _ in calls),
         "number": str(number),
         "text": sampler.describe(number),
     }
-    return save(tensors, metadata)
+    return save(dict(sorted(tensors.items())), metadata)
 
 
-def _first_step(sampler: Sampler, number: int, signature: Signature) -> list[Step]:
-    """The calls of the first step of a clip, made on a network that gives zeros; the second step is not begun."""
-    calls: list[Step] = []
+def _first_step(sampler: Sampler, number: int, signature: Signature) -> list[tuple[str, dict[str, Array]]]:
+    """(branch, inputs) of each call of a clip's first step, made on a network that gives zeros."""
+    seen: list[Step] = []
+    calls: list[tuple[str, dict[str, Array]]] = []
     zeros = torch.zeros(signature.outputs[0].shape)
 
     def observe(step: Step) -> None:
-        if calls and step["t"] != calls[0]["t"]:
+        if seen and step["t"] != seen[0]["t"]:
             raise _SecondStepError
-        calls.append(step)
+        seen.append(step)
+        calls.append((step["branch"], {name: _numpy(v, signature, name) for name, v in step["inputs"].items()}))
 
     def network(*_: Any, **__: Any) -> tuple[torch.Tensor]:
         return (zeros,)
@@ -83,7 +85,7 @@ def _first_step(sampler: Sampler, number: int, signature: Signature) -> list[Ste
     return calls
 
 
-def _numpy(value: torch.Tensor, signature: Signature, name: str) -> np.ndarray[Any, Any]:
+def _numpy(value: torch.Tensor, signature: Signature, name: str) -> Array:
     info = next((one for one in signature.inputs if one.name == name), None)
     if info is None or tuple(value.shape) != info.shape:
         wanted = f"take {list(info.shape)}" if info else "have no such input"
