@@ -19,6 +19,7 @@ from vdq_export.bundle import Bundle
 from vdq_export.commands.compile import compile_command
 from vdq_export.errors import BundleError, CompileError, UnknownNameError
 from vdq_export.graph import Graph
+from vdq_export.inspect import bundle_graphs
 from vdq_export.metrics import sqnr_db
 from vdq_export.targets.qnn import hexagon, offline
 from vdq_export.targets.qnn.contexts import CompileReport, compile_bundle
@@ -61,6 +62,7 @@ def test_every_graph_is_compiled_for_every_architecture(compiled: tuple[Path, Co
         assert all(graph.nodes > 30 and graph.seconds > 0 for graph in one.graphs)
     assert (place / "report/compile.json").read_bytes() == report.to_json()
     assert not list(place.parent.glob("bundle.partial-*"))
+    assert list(bundle_graphs(bundle)) == ["bin00", "bin01"]
 
 
 @needs_tool

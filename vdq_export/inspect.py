@@ -85,10 +85,11 @@ def summarize(path: Path) -> Summary:
 
 
 def bundle_graphs(bundle: Bundle) -> dict[str, Path]:
-    """Graph files by what they are for: bins by their number, the others by their path in the bundle."""
+    """Graph files by what they are for: bins by number, others by path; not what was compiled of them."""
     found = {f"bin{index:02d}": bundle.graph_path(index) for index in range(len(bundle.schedule.bins))}
     bins = {one.graph for one in bundle.schedule.bins}
-    paths = [entry.path for entry in bundle.manifest.files if entry.path.endswith(".onnx")]
+    listed = [entry.path for entry in bundle.manifest.files if entry.path.endswith(".onnx")]
+    paths = [path for path in listed if not path.startswith("contexts/")]
     return found | {path: bundle.path / path for path in paths if path not in bins}
 
 
