@@ -2,9 +2,10 @@
 
 Linears are standard Q/DQ around Gemm with an int32 bias, which onnxruntime's CPU provider runs as QGemm (integer in,
 float out). Float parts go to its fused kernels. Instruction sets differ in one thing that matters: without a
-dot-product instruction (VNNI, ARM dot product) the u8·s8 kernels may add pairs of products in 16 bits, which saturates;
-weights then stay within ±63. Fewer bits live in the 8-bit types, at 8-bit speed; 16 bits and group scales have no
-kernel and run dequantized: exact, slower than float.
+dot-product instruction (VNNI) the u8·s8 kernels of x86 add pairs of products in 16 bits, which saturates; weights then
+stay within ±63. Arm's kernels do not: with the dot product they add in 32 bits, and without it they take the activation
+less 128, so that a pair is at most 2·128·127 < 2^15 (PAIR_LIMIT). Fewer bits live in the 8-bit types, at 8-bit speed;
+16 bits and group scales have no kernel and run dequantized: exact, slower than float.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from vdq_export.targets import _onnxruntime
 
 NAME = "ort-int8"
 PASSES = ("ort_rotary", "ort_attention")
-# ISA -> largest |q| of a weight.
-WEIGHT_QMAX = {"avx512_vnni": 127, "avx_vnni": 127, "arm_dotprod": 127, "avx2": 63, "generic": 63}
+# ISA -> largest |q| of a weight. arm: any 64-bit Arm, with the dot product, with i8mm, or with neither.
+WEIGHT_QMAX = {"avx512_vnni": 127, "avx_vnni": 127, "arm_dotprod": 127, "arm": 127, "avx2": 63, "generic": 63}
+# ISA -> (products added in 16 bits, largest |a| of an activation as the kernel takes it), where it adds any.
+PAIR_LIMIT = {"avx2": (2, 255), "generic": (2, 255), "arm": (2, 128)}
 INTEGER: tuple[tuple[IntType, IntType], ...] = (("uint8", "int8"),)
 _X86_FLAGS = (("avx512_vnni", "avx512_vnni"), ("avx_vnni", "avx_vnni"), ("avx2", "avx2"))
 _TRIAL = "trial with onnxruntime 1.31.1, CPU provider"
+_READ = "documentation, not tried on an Arm machine: onnxruntime's sources, "
 TABLE = (
     Capability(
         subject="Gemm u8 x s8, per-channel weight, int32 bias", supported=True,
@@ -42,6 +46,18 @@ TABLE = (
     Capability(
         subject="u8 x s8 with |weight| > 63 without VNNI", supported=False,
         detail="16-bit pair sums saturate silently: 12 dB lost", source=_TRIAL,
+    ),
+    Capability(
+        subject="arm: Gemm u8 x s8, |weight| up to 127", supported=True,
+        detail="udot kernels with the dot product, ummla with i8mm (Linux), svmmla with SVE; with none of them two s8 "
+        "products in 16 bits, which cannot overflow; the graph is that of avx_vnni",
+        source=_READ + "mlas/lib/platform.cpp (0112bef) and QgemmS8S8KernelNeon",
+    ),
+    Capability(
+        subject="arm: s8 x s8", supported=True,
+        detail="sdot and smmla kernels, no faster than u8 x s8; fused there without session.qdqisint8allowed; not "
+        "used, as the same graph would be slow on x86",
+        source=_READ + "mlas/lib/platform.cpp (0112bef) and qdq_selector_action_transformer.h",
     ),
     Capability(subject="s8 x s8", supported=False, detail="no vector kernel on x86: 0.2-0.4x float", source=_TRIAL),
     Capability(subject="u8 x u8", supported=True, detail="exact, half the speed of u8 x s8 with VNNI", source=_TRIAL),
@@ -69,7 +85,7 @@ def detect_isa() -> str:
     machine = platform.machine().lower()
     flags = _cpu_flags()
     if machine in ("arm64", "aarch64"):
-        return "arm_dotprod" if flags & {"asimddp", "hw.optional.arm.feat_dotprod"} else "generic"
+        return "arm_dotprod" if flags & {"asimddp", "hw.optional.arm.feat_dotprod"} else "arm"
     return next((isa for flag, isa in _X86_FLAGS if flag in flags), "generic")
 
 
