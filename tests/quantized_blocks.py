@@ -70,7 +70,7 @@ class Builder:
     def weight(self, name: str, rows: int, columns: int, axis: int = 1) -> str:
         """[rows, columns] in int8 with a scale per index of `axis`; 1 is per output channel."""
         array = self.random.standard_normal((rows, columns)) / np.sqrt(rows)
-        array *= np.expand_dims(np.geomspace(0.05, 1, array.shape[axis]), 1 - axis)
+        array *= np.geomspace(0.05, 1, rows)[:, None]
         scale = (np.abs(array).max(axis=1 - axis) / 127).astype(np.float32)
         codes = np.rint(array / np.expand_dims(scale, 1 - axis)).astype(np.int8)
         parameters = [self.param(f"{name}.s", scale), self.param(f"{name}.z", np.zeros(len(scale), np.int8))]
