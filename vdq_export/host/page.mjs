@@ -104,7 +104,7 @@ worker.onmessage = ({ data }) => {
   else if (data.kind === "error") finish("error", `This went wrong: ${data.text}`);
   else {
     globalThis.made = { clip: Array.from(clip), shape, steps }; // for the curious, and for tests
-    finish("done", "Done: nothing left this device.");
+    finish("done", "Done: the clip was made on this device.");
   }
 };
 worker.onerror = (event) => finish("error", `This went wrong: ${event.message ?? "the worker did not load"}`);
