@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 import vdq_export
 from tests.families import FAMILIES
 from vdq_export import ort
-from vdq_export.errors import CompileError
+from vdq_export.errors import VdqError
 from vdq_export.graph import Graph
 from vdq_export.metrics import sqnr_db
 from vdq_export.model import Model
@@ -67,16 +68,16 @@ def measure(model: Model, folder: Path, arch: str = "v75") -> Measured:
     )
 
 
-def rows(families: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """HEADS of each family (all of them unless named), as text."""
-    return [_row(name) for name in families or FAMILIES]
+def rows(families: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """HEADS of each family (all of them unless named), as text, as soon as it is measured."""
+    return (_row(name) for name in families or FAMILIES)
 
 
 def _row(name: str) -> tuple[str, ...]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             found = measure(FAMILIES[name](), Path(folder) / "bundle")
-        except CompileError as error:
+        except VdqError as error:
             return (name, *("–",) * (len(HEADS) - 2), str(error))
     return (
         name, str(found.operators), str(len(found.cpu_nodes)), str(found.contexts), f"{found.compile_seconds:.1f}",
