@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import onnxruntime as ort
 import pytest
 
@@ -17,7 +17,7 @@ from vdq_export import load, qnn_provider
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter, signature_of
 from vdq_export.errors import BundleError, MissingToolError, UnknownNameError
-from vdq_export.manifest import Manifest, ModelIdentity
+from vdq_export.manifest import FileEntry, Manifest, ModelIdentity
 from vdq_export.metrics import sqnr_db
 from vdq_export.runtime.families import alone
 from vdq_export.runtime.providers import CPU, OPENVINO, Backend, choose
@@ -107,16 +107,24 @@ def test_openvino_as_a_plugin_takes_its_cpu(tiny: Bundle, monkeypatch: pytest.Mo
     assert choose("ort-openvino-ep", tiny).devices == (found[1],)
 
 
-def test_contexts_are_loaded_where_there_is_an_npu(quantized: Bundle, tmp_path: Path) -> None:
-    bundle = Bundle(tmp_path, quantized.manifest, quantized.schedule, ())
-    context = tmp_path / "contexts" / "v73" / "body.bin00_ctx.onnx"
-    context.parent.mkdir(parents=True)
-    context.touch()
+def test_contexts_are_loaded_where_there_is_an_npu(quantized: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those the manifest lists, one binary for all bins; the emulator compiles the graphs themselves."""
+    context = FileEntry(path="contexts/v73/body.bin00_ctx.onnx", size=0, sha256="0" * 64)
+    manifest = msgspec.structs.replace(quantized.manifest, files=(*quantized.manifest.files, context))
+    bundle = Bundle(quantized.path, manifest, quantized.schedule, ())
     graphs = [bundle.graph_path(index) for index in (0, 1)]
-    phone = Backend((), ("npu",), arch="v73", compiled=True)
-    assert [phone.graph(bundle, path) for path in graphs] == [context, graphs[1]]
-    emulator = Backend((), ("cpu",), arch="v73")
+    kinds = ort.OrtHardwareDeviceType
+    monkeypatch.setattr(qnn_provider, "htp_library", lambda: "QnnHtp")
+    made = []
+    for kind in (kinds.NPU, kinds.CPU):
+        devices = [SimpleNamespace(device=SimpleNamespace(type=kind))]
+        monkeypatch.setattr(qnn_provider, "devices", lambda devices=devices: devices)
+        made.append(choose("ort-qnn-ep", bundle))
+    phone, emulator = made
+    assert [phone.graph(bundle, path) for path in graphs] == [bundle.path / context.path, graphs[1]]
+    assert phone.settings(bundle, {})["ep.share_ep_contexts"] == "1" and "htp_arch" not in phone.options
     assert [emulator.graph(bundle, path) for path in graphs] == graphs
+    assert "ep.share_ep_contexts" not in emulator.settings(bundle, {}) and emulator.options["htp_arch"] == "73"
 
 
 @needs_qnn

@@ -201,7 +201,7 @@ def test_weights_are_as_large_as_sums_in_16_bits_allow(isa: str) -> None:
 
 def test_arm_graphs_are_those_of_the_other_full_range_sets(tiny: Model, tmp_path: Path) -> None:
     """There is no Arm machine here: the graph is valid, is byte for byte what avx_vnni gets, and its exact numbers are
-    as near the float model as 8 bits come (50.2 dB when this was written; weights in 7 bits leave 49.7, in 6 less than 46).
+    as near the float model as 8 bits come (50.2 dB when this was written; 7-bit weights leave 49.7, 6-bit ones 45.5).
     """
     graphs = []
     for isa in ("arm", "avx_vnni"):

@@ -72,8 +72,8 @@ class Backend:
 
     def graph(self, bundle: Bundle, path: Path) -> Path:
         """What to load for the bundle's graph at `path`: its compiled context where there is one for this device."""
-        context = bundle.path / "contexts" / self.arch / f"{path.stem}_ctx.onnx"
-        return context if self.compiled and context.is_file() else path
+        context = f"contexts/{self.arch}/{path.stem}_ctx.onnx"
+        return bundle.path / context if self.compiled and bundle.manifest.file(context) else path
 
 
 def choose(wanted: str | Sequence[Any] | None, bundle: Bundle) -> Backend:
@@ -99,9 +99,12 @@ def _qnn(bundle: Bundle) -> Backend:
     arch = bundle.manifest.isa if bundle.manifest.target == "qnn" else DEFAULT_ARCH
     options = qnn_provider.htp_options(arch)
     on_npu = any(device.device.type == ort.OrtHardwareDeviceType.NPU for device in devices)
+    entries = dict(_QNN_ENTRIES)
     if on_npu:
         del options["htp_arch"]  # it knows its own
-    return Backend((), tuple(devices), options, _QNN_ENTRIES, arch, compiled=on_npu)
+        if any(entry.path.startswith(f"contexts/{arch}/") for entry in bundle.manifest.files):
+            entries["ep.share_ep_contexts"] = "1"  # bins whose contexts are one binary load it once
+    return Backend((), tuple(devices), options, entries, arch, compiled=on_npu)
 
 
 def _openvino(bundle: Bundle) -> Backend:
