@@ -1,8 +1,8 @@
 """How an operator's constants are quantized, for targets that leave no operator in float.
 
-Symmetric where a constant is multiplied and summed (Conv, MatMul), asymmetric in the operator's own type elsewhere. The
-gain of a LayerNormalization has 8 bits: HTP compilers refuse 16 unsigned ones. Its shift, and a Conv's bias, are added
-to sums: 32 bits.
+Symmetric where a constant is multiplied and summed (Conv, MatMul; in 8 bits where those hold it exactly), asymmetric in
+the operator's own type elsewhere. The gain of a LayerNormalization has 8 bits: HTP compilers refuse 16 unsigned ones.
+Its shift, and a Conv's bias, are added to sums: 32 bits.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def plan_constants(graph: Graph, dtype_of: Callable[[Node], IntType]) -> Iterato
             if id(operand) in weights and node.op == "MatMul":
                 continue
             constants[id(operand)] = operand
-            readers = found.setdefault((id(operand), _role(node, index, dtype_of(node))), [])
+            readers = found.setdefault((id(operand), _role(node, index, operand, dtype_of(node))), [])
             if node.name not in readers:
                 readers.append(node.name)
     for (key, role), readers in found.items():
         yield _plan(constants[key], role, tuple(readers))
 
 
-def _role(node: Node, index: int, dtype: IntType) -> _Role:
+def _role(node: Node, index: int, constant: Value, dtype: IntType) -> _Role:
     if node.op == "Conv":
         return (
             _Role("int8", 0, True, "weight of a Conv") if index == 1 else _Role("int32", None, True, "bias of a Conv")
@@ -59,8 +59,18 @@ def _role(node: Node, index: int, dtype: IntType) -> _Role:
         shift = _Role("int32", None, True, "shift of a LayerNormalization")
         return _Role("uint8", None, False, "gain of a LayerNormalization") if index == 1 else shift
     if node.op in ("MatMul", "Gemm"):
-        return _Role("int16" if dtype == "uint16" else "int8", None, True, "factor of a product")
+        wide = dtype == "uint16" and not _fits_int8(constant.values)
+        return _Role("int16" if wide else "int8", None, True, "factor of a product")
     return _Role(dtype, None, False, f"operand of {node.op}")
+
+
+def _fits_int8(values: Array) -> bool:
+    """Whether 8 symmetric bits hold every number up to float32's rounding, as those of a Hadamard matrix.
+
+    Then 16 would be worse: their products, at full scale, leave an HTP's accumulator no room.
+    """
+    codes = values.astype(np.float64) / (np.abs(values).max(initial=0.0) or 1.0) * INT_RANGE["int8"][1]
+    return bool(np.abs(codes - np.rint(codes)).max(initial=0.0) <= INT_RANGE["int8"][1] * 2.0**-20)
 
 
 def _plan(constant: Value, role: _Role, readers: tuple[str, ...]) -> ConstantPlan:

@@ -21,7 +21,7 @@ from vdq_export.target_spec import TargetSpec
 class WeightFormat(NamedTuple):
     """Container and grid of one weight: |q| <= qmax in `dtype`; group: input channels a scale, 0 for all of them.
 
-    grid, scales, unit: as in plan.WeightPlan; unit 0 where it is not known yet.
+    grid, scales, unit: as in plan.WeightPlan; unit 0 where it is not known yet. span: as TargetSpec.scale_span.
     """
 
     dtype: WeightType
@@ -31,6 +31,7 @@ class WeightFormat(NamedTuple):
     grid: NumberGrid = "int"
     scales: ScaleType = "float"
     unit: float = 0.0
+    span: float = 0.0
 
 
 # Recipe's name -> weights in that format.
@@ -199,7 +200,7 @@ def _weight_format(recipe: Recipe, spec: TargetSpec, bits: int) -> WeightFormat:
             recipe, spec, f"{bits}-bit weights", sorted(spec.weight_dtype.keys() & spec.weight_qmax.keys())
         )
     group = recipe.weights.group if bits == recipe.weights.bits else 0  # groups are what few bits need
-    return WeightFormat(spec.weight_dtype[bits], bits, spec.weight_qmax[bits], group)
+    return WeightFormat(spec.weight_dtype[bits], bits, spec.weight_qmax[bits], group, span=spec.scale_span)
 
 
 def _unsupported(recipe: Recipe, spec: TargetSpec, wish: str, offered: Sequence[int]) -> RecipeError:

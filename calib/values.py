@@ -27,6 +27,8 @@ from vdq_export.plan import INT_RANGE, Conversion, IntType, LayerPlan, QuantPlan
 from vdq_export.target_spec import TargetSpec
 
 Progress = Callable[[int, int | None], None]
+# Functions of bounded output -> (lowest, highest) of all grids: runtimes fix these quantizers whatever a graph says.
+_BOUNDED = {"Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
 SAME = 1e-3  # two ranges are one when their ends differ by less than this share of the range
 
 
@@ -150,12 +152,16 @@ def _plan_value(
     bounds = [(min(low for low, _ in mine), max(high for _, high in mine)) for mine in extremes]
     counts = [len(mine) for mine in extremes]
     ranges = tuple(_range(*ends, Grid(dtype, own), n) for ends, n in zip(bounds, counts, strict=True))
+    bounded = bool(value.inputs) and value.inputs[0].op in _BOUNDED
+    if bounded:
+        ranges = (_bounded(value.inputs[0].op, Grid(dtype, own)),) * len(bounds)
     found: dict[tuple[IntType, tuple[Range, ...]], list[str]] = {}
     for node in readers:
-        wanted = _wanted(node, value, bounds, counts, widths, layers, spec)
+        wanted = _wanted(node, value, dtype, bounds, counts, widths, layers, spec)
         if wanted is not None and not (wanted[0] == dtype and _same(wanted[1], ranges)):
             found.setdefault(wanted, []).append(node.name)
-    if len(found) == 1 and next(iter(found))[0] == dtype and sum(map(len, found.values())) == len(readers):
+    alone = len(found) == 1 and next(iter(found))[0] == dtype and sum(map(len, found.values())) == len(readers)
+    if alone and not bounded:
         ((_, ranges),) = found  # nobody else reads it: the range that was searched is its own
         found = {}
     conversions = tuple(
@@ -169,6 +175,7 @@ def _plan_value(
 def _wanted(
     node: Node,
     value: Value,
+    own: IntType,
     bounds: Sequence[tuple[float, float]],
     counts: Sequence[int],
     widths: _Widths,
@@ -183,6 +190,8 @@ def _wanted(
         return layer.activation_dtype, layer.activation  # type: ignore[return-value]  # integers on such targets
     if node.op == "MatMul" and bits == 16 and node.inputs[1] is value and node.inputs[0] is not value:
         return "int16", tuple(_symmetric(*ends, n) for ends, n in zip(bounds, counts, strict=True))
+    if dtype == own:
+        return None
     return dtype, tuple(_range(*ends, Grid(dtype, bits), n) for ends, n in zip(bounds, counts, strict=True))
 
 
@@ -193,6 +202,13 @@ def is_constant_weight(node: Node) -> bool:
 def _range(low: float, high: float, grid: Grid, calls: int) -> Range:
     scale, zero = affine(low, high, grid)
     return Range(lo=min(low, 0.0), hi=max(high, 0.0), scale=scale, zero_point=zero, why=f"min and max, {calls} slots")
+
+
+def _bounded(op: str, grid: Grid) -> Range:
+    low, high = _BOUNDED[op]
+    scale = (high - low) / 2**grid.bits
+    zero = grid.qmin + round(-low / scale)
+    return Range(lo=low, hi=high - scale, scale=scale, zero_point=zero, why=f"all that {op} puts out")
 
 
 def _symmetric(low: float, high: float, calls: int) -> Range:

@@ -58,7 +58,17 @@ def scales(weight: Array, fmt: WeightFormat, method: Method = "minmax") -> Array
         parts = [_cell_scales(cells[i : i + step], fmt, method) for i in range(0, len(cells), step)]
         found[where] = np.concatenate(parts).reshape(found[where].shape)
     release(weight)
-    return found if fmt.group else found[0]
+    return found if fmt.group else _within_span(found[0], weight, fmt.span)
+
+
+def _within_span(scale: Array, weight: Array, span: float) -> Array:
+    """No scale below the largest / span: a channel that small loses next to nothing by it. Channels of zeros take it."""
+    if not span:
+        return scale
+    used = np.asarray(weight).any(axis=0)
+    largest = scale[used].max(initial=0.0) or np.float32(1)
+    bounded: Array = np.where(used, np.maximum(scale, largest / np.float32(span)), largest).astype(np.float32)
+    return bounded
 
 
 def fitted(weight: Array, fmt: WeightFormat) -> WeightFormat:

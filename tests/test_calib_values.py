@@ -92,6 +92,14 @@ def test_ranges_follow_the_bins(plan: QuantPlan) -> None:
     assert differing > 0.7 * len(plan.values)
 
 
+def test_bounded_functions_have_the_range_of_the_function(plan: QuantPlan, canonical: Graph) -> None:
+    """HTP compilers put this very encoding there, whatever the graph says."""
+    outputs = [node.outputs[0].name for node in canonical.nodes if node.op == "Sigmoid"]
+    assert len(outputs) == 2
+    for name in outputs:
+        assert {(r.scale, r.zero_point) for r in of(plan, name).ranges} == {(1 / 65536, 0)}
+
+
 def test_only_the_second_operand_of_a_product_is_symmetric(plan: QuantPlan, canonical: Graph) -> None:
     products = canonical.attention_matmuls()
     assert len(products) == 8
@@ -188,12 +196,14 @@ def test_constants_by_what_they_are_for() -> None:
             helper.make_node("LayerNormalization", ["c", "gain", "shift"], ["n"], name="n"),
             helper.make_node("Mul", ["n", "table"], ["m"], name="m"),
             helper.make_node("Pow", ["m", "two"], ["p"], name="p"),
-            helper.make_node("MatMul", ["p", "turn"], ["y"], name="t"),
+            helper.make_node("MatMul", ["p", "turn"], ["r"], name="t"),
+            helper.make_node("MatMul", ["r", "mix"], ["y"], name="mixed"),
         ],
         {
             "w": rng.normal(size=(4, 3, 1, 1)), "b": rng.normal(size=4), "gain": rng.uniform(0.5, 2, 8),
             "shift": rng.normal(size=8), "table": np.linspace(-1, 3, 8).reshape(1, 1, 8), "two": 2.0,
             "turn": np.kron(np.eye(4), np.array([[1, 1], [1, -1]])).reshape(1, 8, 8) / np.sqrt(2),
+            "mix": rng.normal(size=(1, 8, 2)),
         },
         [1, 3, 5, 8],
     )  # fmt: skip
@@ -203,10 +213,13 @@ def test_constants_by_what_they_are_for() -> None:
         "gain": ("uint8", None, 1, ("n",)),
         "shift": ("int32", None, 1, ("n",)),
         "table": ("uint16", None, 1, ("m",)),
-        "turn": ("int16", None, 1, ("t",)),
+        "turn": ("int8", None, 1, ("t",)),
+        "mix": ("int16", None, 1, ("mixed",)),
     }
     assert found["table"].scale[0] == pytest.approx(4 / 65535, rel=0.01)
     assert found["table"].zero_point == pytest.approx(65535 / 4, rel=0.01)
+    hadamard = found["turn"].scale[0] * 127 * np.sqrt(2)
+    assert hadamard == pytest.approx(1.0, rel=1e-6), "every entry is a level"
 
 
 def test_a_constant_that_is_not_finite_is_named() -> None:

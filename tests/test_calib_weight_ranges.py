@@ -211,3 +211,18 @@ def test_planted_faults_are_seen(fault: str) -> None:
     right = np.abs(dequantize(quantize(weight, scale, fmt), scale, fmt) - weight).max(axis=1)
     off = np.abs(dequantize(quantize(weight, scale, fmt), wrong, fmt) - weight).max(axis=1)
     assert off.max() > 10 * right.max()
+
+
+def test_scales_span_no_more_than_the_target_takes() -> None:
+    """A channel far below the others, and one of zeros, as a zero-initialised modulation has."""
+    rng = np.random.default_rng(0)
+    weight = (rng.normal(size=(32, 6)) * [1, 0.5, 1e-7, 0, 2, 1e-3]).astype(np.float32)
+    free = WeightFormat("int8", 8, 127)
+    bound = free._replace(span=2.0**14)
+    plain, found = weight_ranges.scales(weight, free), weight_ranges.scales(weight, bound)
+    assert found.max() / found.min() <= 2.0**14 * (1 + 1e-6)
+    np.testing.assert_array_equal(found[[0, 1, 4, 5]], plain[[0, 1, 4, 5]])
+    assert found[3] == plain[4], "zeros take any scale"
+    error = np.abs(weight_ranges.dequantize(weight_ranges.quantize(weight, found, bound), found, bound) - weight)
+    assert error.max() <= plain[4] / 2 * (1 + 1e-6), "as far off as the largest channel at most"
+    assert (weight_ranges.scales(np.zeros((8, 2), np.float32), bound) == 1).all()

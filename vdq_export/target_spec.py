@@ -24,7 +24,8 @@ class TargetSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A target and, where it matters, the instruction set it is compiled for.
 
     activation_dtype, weight_dtype: bits -> ONNX integer type. weight_qmax: largest |q| of a weight (63 where the
-    kernel's 16-bit pair sum would saturate). integer: (activation, weight) types that one kernel multiplies; the
+    kernel's 16-bit pair sum would saturate). scale_span: the largest over the smallest weight scale that a layer may
+    have; 0: any. integer: (activation, weight) types that one kernel multiplies; the
     others run dequantized. groups: weight group sizes; weights of `group_only` bits exist in groups alone. grids:
     number formats of recipes it has; refused: why it lacks others. pairs: (weights, activations) it multiplies, named
     "int8", "int4", "fp8" …, or "float"; (): any. symmetric_activations: zero points are 0. dynamic: may compute
@@ -40,6 +41,7 @@ class TargetSpec(msgspec.Struct, frozen=True, kw_only=True):
     activation_dtype: dict[int, IntType]
     weight_dtype: dict[int, IntType]
     weight_qmax: dict[int, int]
+    scale_span: float = 0.0
     integer: tuple[tuple[IntType, IntType], ...] = ()
     groups: tuple[int, ...] = ()
     group_only: tuple[int, ...] = ()

@@ -1,0 +1,109 @@
+"""--target qnn from the command: what lies in the bundle, which bits it takes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.commands import MODEL, assert_one_line, command
+from vdq_export import ort, targets
+from vdq_export.bundle import Bundle
+from vdq_export.graph import INLINE_BYTES, Graph
+from vdq_export.model import Model
+from vdq_export.targets.qnn import ARCHS
+
+QUANTIZERS = {"QuantizeLinear", "DequantizeLinear"}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qnn")
+    code, _, err = command(MODEL, "--target", "qnn", "--tsw", "2", "--strict", "--out", "bundle", cwd=folder)
+    assert (code, err) == (0, "")
+    return folder / "bundle"
+
+
+def test_archs_are_the_target_s() -> None:
+    assert targets.load("qnn").spec().isas == ARCHS == ("v73", "v75", "v79", "v81")
+
+
+def test_no_operator_is_left_in_float(exported: Path) -> None:
+    """Every float operand of every operator comes from a DequantizeLinear, and every float result goes into a Q."""
+    bundle = Bundle.open(exported)
+    for one in bundle.plan.bins:
+        graph = Graph.load(bundle.graph_path(one))
+        for node in (n for n in graph.nodes if n.op not in QUANTIZERS):
+            for value in node.inputs:
+                if value.dtype == np.float32:
+                    assert value.inputs and value.inputs[0].op == "DequantizeLinear", f"{node.name} reads {value.name}"
+            for value in node.outputs:
+                assert [reader.op for reader in value.outputs] == ["QuantizeLinear"], node.name
+        assert all(len(v.shape) <= 5 for v in graph.values().values() if v.shape is not None)
+
+
+def test_inputs_and_outputs_are_the_model_s_in_every_bin(exported: Path) -> None:
+    bundle = Bundle.open(exported)
+    graphs = [Graph.load(bundle.graph_path(one)) for one in bundle.plan.bins]
+    signatures = [[(v.name, v.dtype, v.shape) for v in (*g.gs.inputs, *g.gs.outputs)] for g in graphs]
+    assert signatures[0] == signatures[1]
+    assert {dtype for _, dtype, _ in signatures[0]} == {np.dtype(np.float32)}
+
+
+def test_the_graph_still_computes_the_model(exported: Path, tiny: Model) -> None:
+    """16 bits everywhere and 8-bit weights: the noise of the weights, about 47 dB on this model's calibrated steps."""
+    step = next(iter(tiny.iter_trajectories()))[2]
+    with torch.no_grad():
+        wanted = tiny.module(**step["inputs"], return_dict=False)[0].numpy()
+    bundle = Bundle.open(exported)
+    graph = Graph.load(bundle.graph_path(bundle.schedule.select(step["t"], step["branch"])))
+    [found] = ort.run(graph, {v.name: step["inputs"][v.name].numpy() for v in graph.gs.inputs}, exact=True).values()
+    noise = float(np.square(found - wanted).sum() / np.square(wanted).sum())
+    assert 10 * np.log10(1 / noise) > 40
+
+
+def test_hand_off_files(exported: Path) -> None:
+    names = {path.name for path in (exported / "handoff").rglob("*") if path.is_file()}
+    versions = ("0.6.1", "1.0.0", "2.0.0")
+    assert names == {"lint.json", "lint.sarif", *(f"bin0{b}.aimet-{v}.json" for b in (0, 1) for v in versions)}
+    lint = json.loads((exported / "handoff" / "lint.json").read_text())
+    assert (lint["profile"], lint["findings"]) == ("qnn-v75", [])
+
+
+def test_weights_are_stored_once(exported: Path) -> None:
+    """Two bins: the second one's graph adds its own scales, not its own weights."""
+    bundle = Bundle.open(exported)
+    weights = sum(e.size for e in bundle.manifest.files if e.path.endswith("weights.bin"))
+    own = [size for x in bundle.plan.layers if (size := x.shape[0] * x.shape[1]) >= INLINE_BYTES]
+    assert sum(own) <= weights < 1.5 * sum(own)
+
+
+def test_bits_from_the_command(tmp_path: Path) -> None:
+    code, out, err = command(
+        MODEL, "--target", "qnn", "--activations", "8", "--tsw", "1", "--out", "b", "--json", cwd=tmp_path
+    )
+    assert (code, err) == (0, "")
+    plan = Bundle.open(
+        json.loads(out)["bundle"] if Path(json.loads(out)["bundle"]).is_absolute() else tmp_path / "b"
+    ).plan
+    assert plan.recipe.activations.bits == 8
+    kinds = {one.dtype for one in plan.values}
+    assert kinds == {"uint8", "uint16"}, "16 bits where the recipe keeps float elsewhere"
+    assert sum(one.dtype == "uint8" for one in plan.values) > 0.8 * len(plan.values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--isa", "v99"), ("v99", "v79")),
+        (("--activations", "4"), ("4-bit activations", "8, 16")),
+        (("--recipe", "q-dit"), ("groups of 128", "16, 32, 64")),
+        (("--recipe", "wan22-mxfp4"), ("computed at run time", "reference")),
+    ],
+)
+def test_what_the_htp_has_not_is_refused(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
+    assert_one_line(command(MODEL, "--target", "qnn", *arguments, "--out", "b", cwd=tmp_path), *words)
+    assert not (tmp_path / "b").exists()
