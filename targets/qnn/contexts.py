@@ -106,7 +106,7 @@ def compile_bundle(
     force: bool = False,
     reporter: Reporter | None = None,
 ) -> tuple[Bundle, CompileReport]:
-    """Compile every graph of `bundle` for each of `archs` and add the result to the bundle: all of it or nothing.
+    """Compile the graph of every bin of `bundle` for each of `archs` and add the result to the bundle: all of it or nothing.
 
     shared: bins of one network go into one binary, their weights once. parts: into how many contexts to cut each
     graph; "auto": as few as compile. force: replace earlier contexts of these architectures.
@@ -196,18 +196,17 @@ class _Compiler:
                 count += 1
 
     def _graphs(self) -> list[str]:
-        """Bundle paths of every graph there is, bins and others."""
-        return [e.path for e in self.bundle.manifest.files if e.path.startswith("graphs/") and e.path.endswith(".onnx")]
+        """Bundle paths of the bins' graphs. A probe for step reuse is a small float graph: the host runs it."""
+        return list(dict.fromkeys(one.graph for one in self.bundle.schedule.bins))
 
     def _groups(self) -> list[list[str]]:
         """Graphs compiled together: the bins of one network, when weights are shared; else each by itself."""
         if not self.shared:
             return [[graph] for graph in self._graphs()]
-        network = {one.graph: one.when.expert for one in self.bundle.schedule.bins}
         groups: dict[str, list[str]] = {}
-        for graph in self._graphs():
-            key = f"network {network[graph]}" if graph in network else graph
-            groups.setdefault(key, []).append(graph)
+        for one in self.bundle.schedule.bins:
+            if one.graph not in groups.setdefault(one.when.expert, []):
+                groups[one.when.expert].append(one.graph)
         return list(groups.values())
 
     def _all(self, parts: int) -> list[GraphContexts]:
