@@ -106,7 +106,7 @@ def compile_bundle(
     force: bool = False,
     reporter: Reporter | None = None,
 ) -> tuple[Bundle, CompileReport]:
-    """Compile the graph of every bin of `bundle` for each of `archs` and add the result to the bundle: all of it or nothing.
+    """Compile the graph of every bin for each of `archs` and add the result to the bundle: all of it or nothing.
 
     shared: bins of one network go into one binary, their weights once. parts: into how many contexts to cut each
     graph; "auto": as few as compile. force: replace earlier contexts of these architectures.
