@@ -7,7 +7,7 @@ maximum itself: the call returns two numbers a value, whatever the sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -23,12 +23,16 @@ from vdq_export.calib.record import Slot, denoising_order, not_finite
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Graph, Node, Value, is_constant
 from vdq_export.model import Model
-from vdq_export.plan import INT_RANGE, Conversion, IntType, LayerPlan, QuantPlan, Range, ValuePlan
+from vdq_export.plan import INT_RANGE, Conversion, IntType, QuantPlan, Range, ValuePlan
 from vdq_export.target_spec import TargetSpec
 
 Progress = Callable[[int, int | None], None]
 # Functions of bounded output -> (lowest, highest) of all grids: runtimes fix these quantizers whatever a graph says.
 _BOUNDED = {"Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+# Data passes through unchanged: compilers want one quantizer on both sides, or leave the integer domain.
+_MOVES = {
+    "Expand", "Flatten", "Gather", "GatherElements", "Identity", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze",
+}  # fmt: skip
 SAME = 1e-3  # two ranges are one when their ends differ by less than this share of the range
 
 
@@ -84,23 +88,6 @@ def float_values(graph: Graph) -> list[Value]:
     return found
 
 
-def plan_values(plan: QuantPlan, graph: Graph, extremes: Extremes, spec: TargetSpec) -> QuantPlan:
-    """`plan` with the types and ranges of every value and constant of `graph`, the graph that was observed.
-
-    A value gets the bits of the operator that makes it. Readers of other bits, linears whose input range was searched
-    narrower, and products of two computed operands (the second one: symmetric, when in 16 bits) get a conversion.
-    """
-    layers = {layer.name: layer for layer in plan.layers}
-    slots = [bin_slots(one, extremes.slots) for one in plan.bins]
-    widths = _Widths(plan, spec)
-    values = []
-    for value in float_values(graph):
-        ranges = [[extremes.values[value.name][extremes.slots[i]] for i in mine] for mine in slots]
-        values.append(_plan_value(value, ranges, widths, layers, spec))
-    constants = plan_constants(graph, lambda node: spec.activation_dtype[widths(node)])
-    return replace(plan, values=tuple(values), constants=tuple(constants))
-
-
 def _with_extremes(graph: Graph, names: Sequence[str]) -> tuple[Graph, list[str]]:
     """A copy that also computes the minimum and maximum of each value; the names of those, two a value."""
     probe, outputs = graph.copy(), list[str]()
@@ -115,93 +102,101 @@ def _with_extremes(graph: Graph, names: Sequence[str]) -> tuple[Graph, list[str]
     return probe, outputs
 
 
-class _Widths:
-    """Bits of the activations that a node reads and makes."""
+def plan_values(plan: QuantPlan, graph: Graph, extremes: Extremes, spec: TargetSpec) -> QuantPlan:
+    """`plan` with the types and ranges of every value and constant of `graph`, the graph that was observed.
 
-    def __init__(self, plan: QuantPlan, spec: TargetSpec) -> None:
-        self._recipe, self._most = plan.recipe, max(spec.activation_dtype)
-        self._layers = {layer.name: layer.activation_bits for layer in plan.layers if layer.quantized}
+    A value gets the bits of the operator that makes it, and where that only moves its input about, the input's range.
+    Readers of other bits, linears whose input range was searched narrower, and products of two computed operands (the
+    second one: symmetric, when in 16 bits) get a conversion.
+    """
+    planner = _Planner(plan, extremes, spec)
+    for value in float_values(graph):
+        planner.add(value)
+    constants = plan_constants(graph, lambda node: spec.activation_dtype[planner.bits(node)])
+    return replace(plan, values=tuple(planner.done.values()), constants=tuple(constants))
 
-    def __call__(self, node: Node) -> int:
+
+class _Planner:
+    """Plans the values of one graph in their order; `done`: what it has, by name."""
+
+    def __init__(self, plan: QuantPlan, extremes: Extremes, spec: TargetSpec) -> None:
+        self._recipe, self._spec, self._extremes = plan.recipe, spec, extremes.values
+        self._layers = {layer.name: layer for layer in plan.layers if layer.quantized}
+        self._bins = [[extremes.slots[i] for i in bin_slots(one, extremes.slots)] for one in plan.bins]
+        self.done: dict[str, ValuePlan] = {}
+
+    def bits(self, node: Node) -> int:
+        """Of the activations that a node reads and makes."""
         path = module_path(node)
         if path in self._layers:
-            return self._layers[path]
+            return self._layers[path].activation_bits
         if any(fnmatchcase(path, rule.match) for rule in self._recipe.keep_float):
-            return self._most
+            return max(self._spec.activation_dtype)
         bits = self._recipe.activations.bits
         for rule in self._recipe.override:
             if rule.activations and fnmatchcase(path, rule.match):
                 bits = rule.activations
         return bits
 
+    def add(self, value: Value) -> None:
+        maker = value.inputs[0] if value.inputs else None
+        readers = list({id(node): node for node in value.outputs}.values())
+        bits = self.bits(maker) if maker else max((self.bits(node) for node in readers), default=8)
+        dtype = self._spec.activation_dtype[bits]
+        ranges, fixed = self._own(value, maker, dtype, bits)
+        wishes: dict[tuple[IntType, tuple[Range, ...]], list[str]] = {}
+        for node in readers:
+            wish = self._wish(node, value, dtype)
+            if wish is not None and not (wish[0] == dtype and _same(wish[1], ranges)):
+                wishes.setdefault(wish, []).append(node.name)
+        if len(wishes) == 1 and not fixed:
+            [(kind, theirs), names] = next(iter(wishes.items()))
+            if kind == dtype and len(names) == len(readers):
+                ranges, wishes = theirs, {}  # nobody else reads it: the range that was searched is its own
+        conversions = tuple(
+            Conversion(dtype=kind, ranges=theirs, readers=tuple(names), why=_conversion_why(kind, dtype))
+            for (kind, theirs), names in wishes.items()
+        )
+        why = f"{bits}-bit output of {maker.op}" if maker else "input of the graph"
+        self.done[value.name] = ValuePlan(name=value.name, dtype=dtype, ranges=ranges, why=why, conversions=conversions)
+
+    def _own(self, value: Value, maker: Node | None, dtype: IntType, bits: int) -> tuple[tuple[Range, ...], bool]:
+        """A value's ranges, and whether nothing may change them."""
+        grid = Grid(dtype, bits)
+        if maker is not None and maker.op in _BOUNDED:
+            return (_bounded(maker.op, grid),) * len(self._bins), True
+        if maker is None or maker.op not in _MOVES or maker.inputs[0].name not in self.done:
+            return self._observed(value, grid), False
+        source = self.done[maker.inputs[0].name]
+        return source.ranges if source.dtype == dtype else self._observed(maker.inputs[0], grid), True
+
+    def _wish(self, node: Node, value: Value, own: IntType) -> tuple[IntType, tuple[Range, ...]] | None:
+        """Type and ranges that a reader takes; None: the value's own."""
+        bits = self.bits(node)
+        dtype = self._spec.activation_dtype[bits]
+        layer = self._layers.get(module_path(node))
+        if node.op == "MatMul" and layer is not None and layer.activation and is_constant(node.inputs[1]):
+            return layer.activation_dtype, layer.activation  # type: ignore[return-value]  # integers on such targets
+        if node.op == "MatMul" and bits == 16 and node.inputs[1] is value and node.inputs[0] is not value:
+            return "int16", tuple(_symmetric(*ends) for ends in self._ends(value))
+        return None if dtype == own else (dtype, self._observed(value, Grid(dtype, bits)))
+
+    def _observed(self, value: Value, grid: Grid) -> tuple[Range, ...]:
+        return tuple(_range(*ends, grid) for ends in self._ends(value))
+
+    def _ends(self, value: Value) -> list[tuple[float, float, int]]:
+        """(minimum, maximum, slots that were seen) in each bin."""
+        seen = [[self._extremes[value.name][slot] for slot in slots] for slots in self._bins]
+        return [(min(low for low, _ in mine), max(high for _, high in mine), len(mine)) for mine in seen]
+
 
 def module_path(node: Node) -> str:
     return str(node.name.rsplit("/", 1)[0])
 
 
-def _plan_value(
-    value: Value,
-    extremes: Sequence[Sequence[tuple[float, float]]],
-    widths: _Widths,
-    layers: Mapping[str, LayerPlan],
-    spec: TargetSpec,
-) -> ValuePlan:
-    readers = list({id(node): node for node in value.outputs}.values())
-    own = widths(value.inputs[0]) if value.inputs else max((widths(n) for n in readers), default=8)
-    dtype = spec.activation_dtype[own]
-    bounds = [(min(low for low, _ in mine), max(high for _, high in mine)) for mine in extremes]
-    counts = [len(mine) for mine in extremes]
-    ranges = tuple(_range(*ends, Grid(dtype, own), n) for ends, n in zip(bounds, counts, strict=True))
-    bounded = bool(value.inputs) and value.inputs[0].op in _BOUNDED
-    if bounded:
-        ranges = (_bounded(value.inputs[0].op, Grid(dtype, own)),) * len(bounds)
-    found: dict[tuple[IntType, tuple[Range, ...]], list[str]] = {}
-    for node in readers:
-        wanted = _wanted(node, value, dtype, bounds, counts, widths, layers, spec)
-        if wanted is not None and not (wanted[0] == dtype and _same(wanted[1], ranges)):
-            found.setdefault(wanted, []).append(node.name)
-    alone = len(found) == 1 and next(iter(found))[0] == dtype and sum(map(len, found.values())) == len(readers)
-    if alone and not bounded:
-        ((_, ranges),) = found  # nobody else reads it: the range that was searched is its own
-        found = {}
-    conversions = tuple(
-        Conversion(dtype=kind, ranges=theirs, readers=tuple(names), why=_conversion_why(kind, dtype))
-        for (kind, theirs), names in found.items()
-    )
-    why = f"{own}-bit output of {value.inputs[0].op}" if value.inputs else "input of the graph"
-    return ValuePlan(name=value.name, dtype=dtype, ranges=ranges, why=why, conversions=conversions)
-
-
-def _wanted(
-    node: Node,
-    value: Value,
-    own: IntType,
-    bounds: Sequence[tuple[float, float]],
-    counts: Sequence[int],
-    widths: _Widths,
-    layers: Mapping[str, LayerPlan],
-    spec: TargetSpec,
-) -> tuple[IntType, tuple[Range, ...]] | None:
-    """Type and ranges that a reader takes; None: like the value's own."""
-    bits = widths(node)
-    dtype = spec.activation_dtype[bits]
-    layer = layers.get(module_path(node))
-    if node.op == "MatMul" and layer is not None and layer.activation and is_constant_weight(node):
-        return layer.activation_dtype, layer.activation  # type: ignore[return-value]  # integers on such targets
-    if node.op == "MatMul" and bits == 16 and node.inputs[1] is value and node.inputs[0] is not value:
-        return "int16", tuple(_symmetric(*ends, n) for ends, n in zip(bounds, counts, strict=True))
-    if dtype == own:
-        return None
-    return dtype, tuple(_range(*ends, Grid(dtype, bits), n) for ends, n in zip(bounds, counts, strict=True))
-
-
-def is_constant_weight(node: Node) -> bool:
-    return is_constant(node.inputs[1]) and len(node.inputs[1].shape) == 2
-
-
-def _range(low: float, high: float, grid: Grid, calls: int) -> Range:
+def _range(low: float, high: float, slots: int, grid: Grid) -> Range:
     scale, zero = affine(low, high, grid)
-    return Range(lo=min(low, 0.0), hi=max(high, 0.0), scale=scale, zero_point=zero, why=f"min and max, {calls} slots")
+    return Range(lo=min(low, 0.0), hi=max(high, 0.0), scale=scale, zero_point=zero, why=f"min and max, {slots} slots")
 
 
 def _bounded(op: str, grid: Grid) -> Range:
@@ -211,10 +206,10 @@ def _bounded(op: str, grid: Grid) -> Range:
     return Range(lo=low, hi=high - scale, scale=scale, zero_point=zero, why=f"all that {op} puts out")
 
 
-def _symmetric(low: float, high: float, calls: int) -> Range:
+def _symmetric(low: float, high: float, slots: int) -> Range:
     most = max(abs(low), abs(high))
     scale = float(np.float32(most / INT_RANGE["int16"][1])) or 1.0
-    return Range(lo=-most, hi=most, scale=scale, zero_point=0, why=f"largest magnitude, {calls} slots")
+    return Range(lo=-most, hi=most, scale=scale, zero_point=0, why=f"largest magnitude, {slots} slots")
 
 
 def _same(left: Sequence[Range], right: Sequence[Range]) -> bool:

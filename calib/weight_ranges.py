@@ -62,7 +62,7 @@ def scales(weight: Array, fmt: WeightFormat, method: Method = "minmax") -> Array
 
 
 def _within_span(scale: Array, weight: Array, span: float) -> Array:
-    """No scale below the largest / span: a channel that small loses next to nothing by it. Channels of zeros take it."""
+    """No scale below the largest / span: a channel that small hardly matters beside it. Channels of zeros take that."""
     if not span:
         return scale
     used = np.asarray(weight).any(axis=0)

@@ -100,6 +100,18 @@ def test_bounded_functions_have_the_range_of_the_function(plan: QuantPlan, canon
         assert {(r.scale, r.zero_point) for r in of(plan, name).ranges} == {(1 / 65536, 0)}
 
 
+def test_what_only_moves_data_keeps_the_range(canonical: Graph, record: Any, tiny: Model) -> None:
+    """Also where a linear behind it was given a narrower one: that becomes a conversion."""
+    method = replace(sixteen(), activations=replace(sixteen().activations, bits=8, range="mse"))
+    plan, _ = planned(canonical, record, tiny, method)
+    moved = [node for node in canonical.nodes if node.op in ("Reshape", "Transpose")]
+    assert len(moved) > 20
+    for node in moved:
+        source, result = (next(p for p in plan.values if p.name == v.name) for v in (node.inputs[0], node.outputs[0]))
+        if source.dtype == result.dtype:
+            assert source.ranges == result.ranges
+
+
 def test_only_the_second_operand_of_a_product_is_symmetric(plan: QuantPlan, canonical: Graph) -> None:
     products = canonical.attention_matmuls()
     assert len(products) == 8
