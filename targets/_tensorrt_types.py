@@ -38,7 +38,12 @@ def four_bits(graph: Graph) -> int:
     narrow, done = numpy_type("float4e2m1"), 0
     for node in graph.nodes:
         numbers = node.inputs[0] if node.inputs else None
-        if node.op == "DequantizeLinear" and is_constant(numbers) and numbers.name.endswith(".nvfp4"):
+        if (
+            node.op == "DequantizeLinear"
+            and numbers is not None
+            and is_constant(numbers)
+            and numbers.name.endswith(".nvfp4")
+        ):
             numbers.values = numbers.values.astype(narrow)
             done += 1
         elif node.op == FP4 and node.domain == DOMAIN:
@@ -63,8 +68,9 @@ class _Halving:
     """One walk in graph order: a node's type is known when its turn comes, and its operands are cast to it."""
 
     def __init__(self, graph: Graph, narrow: Any) -> None:
-        self.graph, self.narrow = graph, np.dtype(narrow)
-        self.wide = np.dtype(np.float32)
+        self.graph = graph
+        self.narrow: np.dtype[Any] = np.dtype(narrow)
+        self.wide: np.dtype[Any] = np.dtype(np.float32)
         self.cast: dict[tuple[int, str], Value] = {}
         self.exact = _leads_to(graph, {"Sin", "Cos"})
 
@@ -84,7 +90,9 @@ class _Halving:
             count += bool(made) and kind == self.narrow
         for index, value in enumerate(self.graph.gs.outputs):
             if value.dtype == self.narrow:
-                name, value.name = value.name, self.graph.fresh(f"{value.name}/Half")
+                maker, name = value.inputs[0], value.name
+                value.name = self.graph.fresh(f"{name}/Half")
+                maker.name = value.name if maker.name == name else maker.name  # node names are unique, too
                 self.graph.gs.outputs[index] = self._cast(value, self.wide, name)
         self.graph.cleanup()
         return count
@@ -131,7 +139,7 @@ class _Halving:
 
     def _cast(self, value: Value, kind: np.dtype[Any], name: str) -> Value:
         attrs = {"to": _onnx_type(kind)}
-        return self.graph.add_node("Cast", [value], name, dtype=kind, shape=list(value.shape), attrs=attrs)
+        return self.graph.add_node("Cast", [value], name, dtype=kind, shape=value.shape, attrs=attrs)
 
 
 def _raise_opset(graph: Graph) -> None:

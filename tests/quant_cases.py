@@ -85,11 +85,12 @@ class Case:
         for name in NAMES:
             scale = () if self.weight.group else tuple(self.scales[name].tolist())
             weight = WeightPlan(**{**_fields(self.weight), "scale": scale})
+            static = not self.dynamic and self.activation[0] != "float"
             layers.append(
                 LayerPlan(
                     name=name, value="x", rows=int(np.prod(self.shape[:-1])), shape=(self.shape[-1], self.columns),
                     weight=weight, activation_dtype=self.activation[0], activation_bits=self.activation[1],  # type: ignore[arg-type]
-                    activation=() if self.dynamic else (self.range,), dynamic=(self.dynamic,) if self.dynamic else (),
+                    activation=(self.range,) if static else (), dynamic=(self.dynamic,) if self.dynamic else (),
                 )
             )  # fmt: skip
         recipe = Recipe(name="test", summary="test", schedule=ScheduleRecipe(delta=self.delta))
