@@ -133,6 +133,8 @@ def _hand_on(graph: Graph, node: Node, made: Variable, perm: list[int]) -> None:
             reader.inputs[0], reader.attrs["perm"] = made, order
     if old.outputs or any(old is o for o in graph.gs.outputs):
         name, shape = graph.fresh(f"{path}/Transpose".lstrip("/")), [made.shape[i] for i in perm]
-        turned = graph.add_node("Transpose", [made], name, dtype=made.dtype, shape=shape, attrs={"perm": perm})
+        turned = made
+        if perm != sorted(perm):
+            turned = graph.add_node("Transpose", [made], name, dtype=made.dtype, shape=shape, attrs={"perm": perm})
         graph.replace_uses(old, turned)
     node.outputs.clear()
