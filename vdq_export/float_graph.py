@@ -48,7 +48,7 @@ def strip(graph: Graph) -> tuple[onnx.ModelProto, Mapping[str, Array]]:
     for one in found.values():
         if not one.second and one.origin and one.encoding.name in outputs:
             names[one.origin] = one.encoding.name  # the value itself becomes the output
-    nodes = [kept for node in model.graph.node if (kept := _float_node(node, found, names)) is not None]
+    nodes = [made for node in model.graph.node if (made := _float_node(node, found, names)) is not None]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     constants = _Constants(model, arrays, {one.encoding.name: one for one in found.values() if one.codes})
@@ -57,8 +57,8 @@ def strip(graph: Graph) -> tuple[onnx.ModelProto, Mapping[str, Array]]:
     kept += [_placeholder(name, constants.shape(name)) for name in constants.quantized if name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
-    made = {name for node in nodes for name in node.output} - outputs
-    inner = [info for info in model.graph.value_info if info.name in made]
+    inside = {name for node in nodes for name in node.output} - outputs
+    inner = [info for info in model.graph.value_info if info.name in inside]
     del model.graph.value_info[:]
     model.graph.value_info.extend(inner)
     return model, constants

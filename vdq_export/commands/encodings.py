@@ -16,6 +16,15 @@ from vdq_export.errors import BundleError
 from vdq_export.graph import Graph
 
 
+class Written(msgspec.Struct, frozen=True):
+    """What belongs together: a graph of the bundle, the float graph of it, and its encodings files."""
+
+    graph: str
+    model: str
+    encodings: list[str]
+    tensors: int
+
+
 @click.command("encodings")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
@@ -47,12 +56,12 @@ def encodings_command(bundle: Path, out: Path, versions: tuple[encodings.Version
         click.echo(msgspec.json.encode({"out": str(out), "graphs": rows}).decode())
         return
     for row in rows:
-        click.echo(f"{out / str(row['model'])} + {', '.join(map(str, row['encodings']))}: {row['tensors']} tensors")
+        click.echo(f"{out / row.model} + {', '.join(row.encodings)}: {row.tensors} tensors")
 
 
-def _write(bundle: Bundle, folder: Path, versions: tuple[encodings.Version, ...]) -> list[dict[str, object]]:
+def _write(bundle: Bundle, folder: Path, versions: tuple[encodings.Version, ...]) -> list[Written]:
     models: dict[str, str] = {}  # weights -> the float graph that has them
-    rows: list[dict[str, object]] = []
+    rows: list[Written] = []
     for graph_path in bundle.schedule.graphs:
         name = Path(graph_path).stem
         graph = Graph.load(bundle.path / graph_path)
@@ -67,7 +76,7 @@ def _write(bundle: Bundle, folder: Path, versions: tuple[encodings.Version, ...]
         for version in versions:
             made.append(encodings.file_name(name, version))
             (folder / made[-1]).write_bytes(encodings.to_json(found, version))
-        rows.append({"graph": graph_path, "model": models[key], "encodings": made, "tensors": len(found)})
+        rows.append(Written(graph_path, models[key], made, len(found)))
     if not rows:
         raise BundleError(f"{bundle.path} has no Q/DQ graph", hint="encodings belong to quantized graphs")
     return rows
