@@ -67,10 +67,14 @@ class Builder:
         codes = np.clip(np.rint(array / scale) + zero, np.iinfo(dtype).min, np.iinfo(dtype).max).astype(dtype)
         return self._dequantize(name, codes, parameters, array)
 
-    def weight(self, name: str, rows: int, columns: int, axis: int = 1) -> str:
-        """[rows, columns] in int8 with a scale per index of `axis`; 1 is per output channel."""
+    def weight(self, name: str, rows: int, columns: int, axis: int = 1, varied: int | None = None) -> str:
+        """[rows, columns] in int8 with a scale per index of `axis`; 1 is per output channel.
+
+        varied: the axis along which magnitudes vary 20-fold; the same one unless said otherwise.
+        """
+        along = axis if varied is None else varied
         array = self.random.standard_normal((rows, columns)) / np.sqrt(rows)
-        array *= np.geomspace(0.05, 1, rows)[:, None]
+        array *= np.expand_dims(np.geomspace(0.05, 1, array.shape[along]), 1 - along)
         scale = (np.abs(array).max(axis=1 - axis) / 127).astype(np.float32)
         codes = np.rint(array / np.expand_dims(scale, 1 - axis)).astype(np.int8)
         parameters = [self.param(f"{name}.s", scale), self.param(f"{name}.z", np.zeros(len(scale), np.int8))]
@@ -108,8 +112,8 @@ class Builder:
         return name
 
 
-def linear(make: Builder, x: str, name: str, width: int, axis: int = 1) -> str:
-    w = make.weight(f"{name}.weight", make.arrays[x].shape[-1], width, axis)
+def linear(make: Builder, x: str, name: str, width: int, axis: int = 1, varied: int | None = None) -> str:
+    w = make.weight(f"{name}.weight", make.arrays[x].shape[-1], width, axis, varied)
     y = make.op("MatMul", x, w, name=f"{name}/MatMul")
     return make.op("Add", y, make.constant(f"{name}.bias", make.random.standard_normal(width) / 8), name=f"{name}/Add")
 

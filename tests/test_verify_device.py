@@ -40,19 +40,19 @@ class Module(torch.nn.Module):
         self._graph = unquantized(graph)
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        (found,) = ort.run(self._graph, {"x": x.numpy(), "timestep": timestep.numpy()}).values()
+        (found,) = ort.run(self._graph, {"x": x.numpy(), "timestep": timestep.numpy()}, exact=True).values()
         return torch.from_numpy(found)
 
 
 def timed(fault: str = "") -> tuple[Graph, dict[str, Array]]:
-    """block(fault) with a second input, the timestep, added to its output."""
+    """An FFN and the timestep over [4, 16, 32]; with a fault: the same, weight scales along the input channel."""
     make = Builder()
     x = make.input("x", 4, 16, 32)
     make.arrays["timestep"] = make.feeds["timestep"] = np.full((1, 1, 1), 1000, np.float32)
     t = make.settle("timestep")
-    t = make.op("Mul", t, make.constant("small", 1e-3), name="time/Mul")
+    t = make.op("Mul", t, make.constant("small", 1e-6), name="time/Mul")
     axis = 0 if fault else 1
-    x = linear(make, make.op("Gelu", linear(make, x, "up", 64, axis=axis), name="Gelu"), "down", 32)
+    x = linear(make, make.op("Gelu", linear(make, x, "up", 64, axis, varied=0), name="Gelu"), "down", 32)
     return make.graph(make.op("Add", x, t, name="last/Add")), make.feeds
 
 
@@ -114,7 +114,7 @@ def test_a_healthy_bundle_passes(tmp_path: Path, healthy: Graph) -> None:
     assert [(one.bin, one.steps, one.off_device) for one in device.bins] == [(0, 3, ()), (1, 2, ())]
     for one in device.bins:
         assert one.exact_db is not None and one.device_db is not None and one.agreement_db is not None
-        assert one.exact_db > 50 and one.agreement_db > 60, "16-bit activations of an otherwise equal graph"
+        assert one.exact_db > 60 and one.agreement_db > 60, "16-bit activations of an otherwise equal graph"
         assert one.drop_db == one.exact_db - one.device_db
     assert {(quality.layer, quality.bin) for quality in report.layers} == {("sample", 0), ("sample", 1)}
 
@@ -138,7 +138,7 @@ def test_the_command_fails_and_names_the_operator(one_bad: Path, tmp_path: Path)
     assert report["verdict"] == "fail"
     assert {"verdict", "psnr_db", "judge", "integer_kernels", "bundle_bytes", "layers", "failures"} <= report.keys()
     good, bad = report["device"]["bins"]
-    assert good["drop_db"] < 0.5 and bad["drop_db"] > 10
+    assert good["agreement_db"] > 60 and bad["drop_db"] > 10
     assert [line.split(":")[0] for line in report["failures"]] == ["bin01"], "the other bin is right"
     suspect = report["device"]["bisection"]["suspect"]
     assert (suspect["node"], suspect["op"], suspect["what"]) == ("up/MatMul", "MatMul", "numbers")

@@ -61,18 +61,20 @@ def bisect(
     *,
     arch: str = "v75",
     label: str = "graph",
+    ceiling_db: float = CEILING_DB,
     out: Path | None = None,
     run: Runner | None = None,
     reporter: Reporter | None = None,
 ) -> Bisection:
     """Search `graph`, fed with `feeds`, for the first operator on which the device disagrees.
 
-    arch: of the emulator. run: another device than the emulator. label: how the result calls the graph. out: a folder
-    for the suspect alone as NAME.onnx, with its feeds and the exact result in NAME.npz.
+    arch: of the emulator. run: another device than the emulator. label: how the result calls the graph. ceiling_db:
+    agreement above which nothing counts. out: a folder for the suspect alone as NAME.onnx, with its feeds and the exact
+    result in NAME.npz.
     Raises ModelError when a feed is missing.
     """
     start = time.perf_counter()
-    search = _Search(graph, feeds, run or partial(_emulated, arch))
+    search = _Search(graph, feeds, run or partial(_emulated, arch), ceiling_db)
     with (reporter or Reporter()).stage(f"bisect {label}") as advance:
         search.advance = advance
         whole = search.outcome(search.operators)
@@ -96,7 +98,7 @@ def _emulated(arch: str, graph: Graph, feeds: Mapping[str, Array] | None) -> Map
 class _Search:
     """One search: the graph with the exact and the unrounded array of every value, and the runs made so far."""
 
-    def __init__(self, graph: Graph, feeds: Mapping[str, Array], run: Runner) -> None:
+    def __init__(self, graph: Graph, feeds: Mapping[str, Array], run: Runner, ceiling_db: float) -> None:
         self.graph = _named(graph)
         self.operators = operators(self.graph)
         names = [str(one.name) for one in graph.gs.inputs]
@@ -106,7 +108,7 @@ class _Search:
         self.exact = _values(self.graph, self._feeds)
         self.unrounded = _values(unquantized(self.graph), self._feeds)
         self.exact_db = min(self._against_unrounded(one, self.exact[one.name]) for one in self.graph.gs.outputs)
-        self.floor_db = min(CEILING_DB, self.exact_db + HEADROOM_DB)
+        self.floor_db = min(ceiling_db, self.exact_db + HEADROOM_DB)
         self.device_db: float | None = None  # of the first run that gave a result: the whole graph's
         self.runs = 0
         self._run = run
