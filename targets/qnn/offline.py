@@ -79,7 +79,7 @@ def run(job: Job) -> Result:
     from vdq_export.targets.qnn import hexagon
 
     options = {**hexagon.provider_options(job.arch), "soc_model": str(job.soc_model)}
-    # The size of the spill buffer is only written into the EPContext node when the buffer may be shared.
+    # One spill buffer for all graphs of a context; its size is then written into the EPContext nodes.
     options |= {"enable_htp_spill_fill_buffer": "1", "enable_htp_prepare_only": "1"}
     if job.shared:
         options["enable_htp_weight_sharing"] = "1"
