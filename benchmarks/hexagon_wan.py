@@ -32,7 +32,7 @@ from vdq_export.metrics import sqnr_db
 from vdq_export.model import Model
 from vdq_export.progress import Reporter
 from vdq_export.targets.qnn import hexagon, partition
-from vdq_export.targets.qnn.contexts import SOCS, compile_bundle
+from vdq_export.targets.qnn.contexts import SOCS, Parts, compile_bundle
 from vdq_export.targets.qnn.offline import Job, Task, compile_offline
 from vdq_export.trace import trace
 from vdq_export.weight_store import WeightStore
@@ -147,8 +147,7 @@ def deep_trace(settings: dict[str, Any]) -> dict[str, Any]:
         store.close()
         (folder / "traced.onnx").write_bytes(proto.SerializeToString())
         (folder / "source").write_text(graph.source)
-    parameters = sum(one.numel() for one in network.module.parameters())
-    return {"parameters": parameters, "seconds": time.perf_counter() - start, **peak.as_dict()}
+    return {"seconds": time.perf_counter() - start, **peak.as_dict()}
 
 
 def deep_export(settings: dict[str, Any]) -> dict[str, Any]:
@@ -177,17 +176,26 @@ def deep_export(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def deep_compile(settings: dict[str, Any]) -> dict[str, Any]:
-    """Task: all blocks, in as few contexts as the compiler takes (or in settings["parts"])."""
+    """Task: all blocks, in as few contexts as the compiler takes."""
+    return _compile_deep(settings, "auto")
+
+
+def deep_cut(settings: dict[str, Any]) -> dict[str, Any]:
+    """Task: all blocks in settings["parts"] contexts, cut between blocks."""
+    return _compile_deep(settings, settings["parts"])
+
+
+def _compile_deep(settings: dict[str, Any], parts: Parts) -> dict[str, Any]:
     bundle = Bundle.open(_folder(settings, "deep") / "bundle", verify_hashes=False)
     notes: list[str] = []
-    reporter = _Notes(notes)
-    parts = settings["parts"] or "auto"
-    bundle, made = compile_bundle(bundle, [ARCH], shared=False, parts=parts, force=True, reporter=reporter)
+    bundle, made = compile_bundle(bundle, [ARCH], shared=False, parts=parts, force=True, reporter=_Notes(notes))
     (found,) = made.contexts
     (graph,) = found.graphs
     whole = onnx.load(bundle.graph_path(0), load_external_data=False)
     scales = partition.boundary_scales(partition.split(whole, found.parts))
     return {
+        "shape": _deep(settings).title,
+        "parameters": sum(one.numel() for one in _meta(_deep(settings)).parameters()),
         "parts": found.parts,
         "seconds": found.seconds,
         "cpu_seconds": graph.cpu_seconds,
@@ -196,9 +204,15 @@ def deep_compile(settings: dict[str, Any]) -> dict[str, Any]:
         "spill_fill_bytes": list(graph.spill_fill_bytes),
         "peak_memory_bytes": found.peak_memory_bytes,
         "boundaries": list(graph.boundaries),
-        "equal_scales": {"tensors": len(scales), "equal": sum(len(set(one)) == 1 for one in scales.values())},
+        "equal_scales": sum(len(set(one)) == 1 for one in scales.values()),
         "refused": notes,
     }
+
+
+def _meta(shape: wan.Shape) -> torch.nn.Module:
+    """The network without its weights."""
+    with torch.device("meta"):
+        return wan.build(shape)
 
 
 class _Notes(Reporter):
@@ -225,7 +239,7 @@ def report(arguments: argparse.Namespace, data: dict[str, Any]) -> None:
     tables: list[common.Table] = []
     if {"blocks", "one_bin", "all_bins", "emulate"} <= data.keys():
         tables += _blocks_tables(data)
-    if {"deep_trace", "deep_export", "deep_compile"} <= data.keys():
+    if "deep_compile" in data:
         tables.append(_deep_table(data))
     notes = (
         f"Compiler and emulator: onnxruntime-qnn for {ARCH} ({SOCS[ARCH].name}). Recipe {RECIPE}, 16-bit activations, "
@@ -266,22 +280,20 @@ def _blocks_tables(data: dict[str, Any]) -> list[common.Table]:
 
 
 def _deep_table(data: dict[str, Any]) -> common.Table:
-    traced, exported, compiled = data["deep_trace"], data["deep_export"], data["deep_compile"]
-    sizes = ", ".join(f"{size / 1e6:.0f}" for size in compiled["bytes"])
-    same = compiled["equal_scales"]
+    found = [data[task] for task in ("deep_compile", "deep_cut") if task in data]
     rows = [
-        ["parameters", f"{traced['parameters'] / 1e9:.3f} B"],
-        ["traced", f"{traced['seconds']:.0f} s, peak {traced['peak_anonymous'] / MIB:.0f} MiB of heap"],
-        ["exported", f"{exported['seconds']:.0f} s, peak {exported['peak_anonymous'] / MIB:.0f} MiB of heap"],
-        ["contexts", f"{compiled['parts']}"],
-        ["compiled", f"{compiled['seconds']:.0f} s ({compiled['cpu_seconds']:.0f} s of processor)"],
-        ["peak memory of the compiler", f"{compiled['peak_memory_bytes'] / MIB:.0f} MiB"],
-        ["nodes on the HTP", f"{compiled['nodes']}"],
-        ["contexts, MB", sizes],
-        ["spill, MiB", ", ".join(f"{one / MIB:.1f}" for one in compiled["spill_fill_bytes"])],
-        ["tensors with equal scales on both sides of a cut", f"{same['equal']} of {same['tensors']}"],
+        ["contexts", *(f"{one['parts']}" for one in found)],
+        ["compiled, s", *(f"{one['seconds']:.0f}" for one in found)],
+        ["processor, s", *(f"{one['cpu_seconds']:.0f}" for one in found)],
+        ["peak memory of the compiler, MiB", *(f"{one['peak_memory_bytes'] / MIB:.0f}" for one in found)],
+        ["nodes, all on the HTP", *(f"{one['nodes']}" for one in found)],
+        ["MB", *(" + ".join(f"{size / 1e6:.1f}" for size in one["bytes"]) for one in found)],
+        ["spill, MiB", *(" + ".join(f"{size / MIB:.1f}" for size in one["spill_fill_bytes"]) for one in found)],
+        ["tensors across the cut", *(f"{len(one['boundaries'])}" for one in found)],
+        ["of them with equal scales on both sides", *(f"{one['equal_scales']}" for one in found)],
     ]
-    return (f"All blocks: {exported['shape']}", ["", "value"], rows)
+    title = f"All blocks: {found[0]['shape']}; {found[0]['parameters'] / 1e9:.3f} B parameters"
+    return (title, ["", *("the fewest" if n == 0 else "cut" for n in range(len(found)))], rows)
 
 
 TASKS = {
@@ -292,10 +304,11 @@ TASKS = {
     "deep_trace": deep_trace,
     "deep_export": deep_export,
     "deep_compile": deep_compile,
+    "deep_cut": deep_cut,
 }
 
 if __name__ == "__main__":
     made = common.parser(__doc__)
     made.add_argument("--only", nargs="+", choices=list(TASKS), help="these steps; the others' results are kept")
-    made.add_argument("--parts", type=int, default=0, help="contexts of the 30 blocks; 0: the fewest")
+    made.add_argument("--parts", type=int, default=2, help="contexts of deep_cut")
     common.main(made, run, TASKS)

@@ -234,6 +234,7 @@ def _even(sizes: Sequence[int], parts: int) -> list[int]:
 
 
 def _bytes(tensor: onnx.TensorProto) -> int:
+    bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     if tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4):
-        return prod(tensor.dims) // 2
-    return prod(tensor.dims) * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+        bits = 4
+    return int(prod(tensor.dims)) * bits // 8
