@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -266,6 +267,20 @@ def test_a_quantizer_of_the_backends_own_and_float_inside_are_named(dumped: tupl
     outside = dump.Tensor("x", "float32", False)
     found = dump.compare(dumped[0], [own, floating, outside])
     assert (found.found, found.foreign, found.float_tensors) == (0, (own.name,), (floating.name,))
+
+
+@on_hexagon
+def test_four_bit_weights_are_recognized(tmp_path: Path) -> None:
+    make = Builder()
+    x = make.input("x", 1, 16, 32)
+    graph = make.graph(make.op("MatMul", x, make.weight("w", 32, 64), name="MatMul"))
+    weight = next(node for node in graph.nodes if node.name == "w").inputs
+    for one in (weight[0], weight[2]):
+        one.values = np.clip(one.values // 16, -7, 7).astype(ml_dtypes.int4)
+    graph.save(tmp_path / "four.onnx")
+    hexagon.emulator(tmp_path / "four.onnx", dump_json=tmp_path / "dump")
+    found = dump.compare(graph, dump.read(tmp_path / "dump"))
+    assert (found.quantizers, found.found, found.per_channel, found.mismatches) == (3, 3, 1, ())
 
 
 def test_no_dump_or_a_foreign_one_is_said(tmp_path: Path) -> None:

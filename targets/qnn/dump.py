@@ -28,13 +28,17 @@ _TYPES = {
 }  # fmt: skip
 _FLOATS = ("float16", "float32")
 _INNER = (3, 4)  # QNN_TENSOR_TYPE_NATIVE and _STATIC: neither input nor output of the graph
-_SCALE_OFFSET, _AXIS_SCALE_OFFSET = 0, 1  # QNN_QUANTIZATION_ENCODING_*
+_SCALE_OFFSET, _AXIS_SCALE_OFFSET, _BITS_AXIS_SCALE_OFFSET = 0, 1, 3  # QNN_QUANTIZATION_ENCODING_*
+_UNDEFINED = 0x7FFFFFFF
+UNKNOWN = -1  # number of scales, where the dump does not say it
 _SUFFIX = re.compile(r"(_token_\d+|_out\d+|_transpose|_reshape)+$")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of the backend. scale, zero_point of a per-tensor quantizer; channels: of a per-channel one, else 0."""
+    """A tensor of the backend. scale, zero_point: of a per-tensor quantizer; channels: of one per channel (or UNKNOWN),
+    else 0.
+    """
 
     name: str
     dtype: str
@@ -115,13 +119,17 @@ def compare(graph: Graph, tensors: Iterable[Tensor]) -> Scales:
 def _tensor(name: str, one: _Tensor) -> Tensor:
     dtype = _TYPES.get(one.data_type, f"{one.data_type:#06x}")
     given, inner = one.quant_params, one.type in _INNER
-    if given.scale_offset is None or given.encoding not in (_SCALE_OFFSET, _AXIS_SCALE_OFFSET):
+    if given.scale_offset is None or given.encoding == _UNDEFINED:
         return Tensor(name, dtype, inner)
-    if given.encoding == _AXIS_SCALE_OFFSET:
-        # The dump reads this member of a C union as if it were the other one: {int32 axis, uint32 number of scales}.
+    if given.encoding == _SCALE_OFFSET:  # QNN writes x = scale · (q + offset)
+        return Tensor(name, dtype, inner, np.float32(given.scale_offset.scale), -given.scale_offset.offset)
+    # The dump reads each member of a C union as if it were {float scale, int32 offset}.
+    if given.encoding == _AXIS_SCALE_OFFSET:  # {int32 axis, uint32 number of scales, …}
         return Tensor(name, dtype, inner, channels=given.scale_offset.offset)
-    # QNN writes x = scale · (q + offset).
-    return Tensor(name, dtype, inner, np.float32(given.scale_offset.scale), -given.scale_offset.offset)
+    bits = dtype
+    if given.encoding == _BITS_AXIS_SCALE_OFFSET:  # {uint32 bits, int32 axis, …}: 4-bit codes stand in 8-bit ones
+        bits = f"{dtype.rstrip('0123456789')}{int(np.float32(given.scale_offset.scale).view(np.int32))}"
+    return Tensor(name, bits, inner, channels=UNKNOWN)
 
 
 def _difference(mine: Encoding, other: Tensor) -> float | None:
@@ -135,5 +143,5 @@ def _equal(mine: Encoding, other: Tensor) -> bool:
     if mine.dtype != other.dtype:
         return False
     if mine.axis is not None:
-        return other.channels == mine.scale.size
+        return other.channels in (mine.scale.size, UNKNOWN)
     return other.scale == mine.scale and other.zero_point == int(mine.zero_point)
