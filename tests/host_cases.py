@@ -66,8 +66,13 @@ def generate(bundle: Path, case: bytes, folder: Path) -> Clip:
 
 def with_policy(bundle: Path, text: str, out: Path) -> Path:
     """A copy of a bundle under another policy, as a host that cannot be told one needs it."""
+    return with_schedule(bundle, Bundle.open(bundle).schedule.with_policy(text), out)
+
+
+def with_schedule(bundle: Path, changed: Schedule, out: Path) -> Path:
+    """A copy of a bundle with another schedule.json."""
     shutil.copytree(bundle, out)
-    schedule = Bundle.open(bundle).schedule.with_policy(text).to_json()
+    schedule = changed.to_json()
     (out / "schedule.json").write_bytes(schedule)
     manifest = json.loads((out / "manifest.json").read_bytes())
     entry = next(one for one in manifest["files"] if one["path"] == "schedule.json")

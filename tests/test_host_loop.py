@@ -15,13 +15,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from safetensors.numpy import save
 
+from tests import policy_cases
 from tests.host_cases import (
     CHROMIUM,
     HOST,
@@ -36,6 +39,7 @@ from tests.host_cases import (
     node,
     table_case,
     with_policy,
+    with_schedule,
     with_tables,
 )
 from vdq_export import recipe as recipes
@@ -43,10 +47,12 @@ from vdq_export.bundle import Bundle
 from vdq_export.compiler import export
 from vdq_export.errors import ModelError
 from vdq_export.host import case
+from vdq_export.plan import Branch
 from vdq_export.runtime import load
 from vdq_export.runtime.engine import Engine
 from vdq_export.samples import digits
 from vdq_export.samples.digits.sampler import DigitsSampler
+from vdq_export.schedule import Schedule
 
 DELTA = "delta=0.12,end=high"
 EQUAL = 1e-3  # of pixels in [0, 1]; under Node it is 0, as long as both onnxruntimes have the same kernels
@@ -116,9 +122,11 @@ def test_chromium_makes_pythons_clip(bundle: Path, tmp_path: Path, monkeypatch: 
     path = with_policy(bundle, "static:high", tmp_path / "bundle")
     expected, _ = python_clip(path, 5, monkeypatch)
     with serving(path, tmp_path) as address:
-        done = node(HOST / "browser.mjs", CHROMIUM, tmp_path / "seen.json", f"{address}?number=5")
+        urls = (f"{address}?number=5", f"{address}?number=99999999999")
+        done = node(HOST / "browser.mjs", CHROMIUM, tmp_path / "seen.json", *urls)
     assert (done.returncode, done.stderr) == (0, "")
-    (seen,) = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
+    seen, refused = json.loads((tmp_path / "seen.json").read_text(encoding="utf-8"))
+    assert refused["state"] == "error" and "number must be a whole number" in refused["text"]
     assert (seen["state"], seen["complaints"]) == ("done", []), seen["text"]
     assert {url.split("/")[2] for url in seen["requests"]} == {address.split("/")[2]}, "nothing from elsewhere"
     assert seen["isolated"], "else there are no threads"
@@ -130,6 +138,47 @@ def test_chromium_makes_pythons_clip(bundle: Path, tmp_path: Path, monkeypatch: 
     drawn = np.array(seen["drawn"], np.float32).reshape(8, 16, 16) / 255
     np.testing.assert_allclose(drawn, made[0], rtol=0, atol=1 / 255)
     assert all(told in seen["text"] for told in (DigitsSampler().describe(5), "20 of 20", "WebAssembly", "7 (high)"))
+
+
+def thousandfold(schedule: Schedule) -> Schedule:
+    """For timesteps up to 1000, as flow-euler has them, in place of 1."""
+    bins = [
+        msgspec.structs.replace(
+            one,
+            when=msgspec.structs.replace(one.when, t=(1000 * one.when.t[0], 1000 * one.when.t[1])),
+            steps=tuple(1000 * t for t in one.steps),
+        )
+        for one in schedule.bins
+    ]
+    return msgspec.structs.replace(schedule, bins=tuple(bins))
+
+
+@needs_modules
+@pytest.mark.parametrize("policy", ["delta=0.3", "cache=0.1", "delta=0.25,end=high+cache=0.1", "pattern=abs,share=0.4"])
+def test_policies_with_graphs_for_each_branch_and_a_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    sampler = {"name": "flow-euler", "steps": 10, "shift": 1.0, "guidance": 1.5}
+    made = policy_cases.write(tmp_path / "unit", policy_cases.Kind(branches=("cond", "uncond")), sampler=sampler)
+    path = with_schedule(made.path, thousandfold(made.schedule).with_policy(policy), tmp_path / "bundle")
+    x, context = policy_cases.start()
+    contexts: dict[Branch, Array] = {"cond": context, "uncond": 0 * context}
+    tensors = {"latent": x, **{f"{branch}/encoder_hidden_states": value for branch, value in contexts.items()}}
+    found = generate(path, save(tensors, {"latent": "hidden_states", "branches": "cond uncond"}), tmp_path)
+
+    chosen: list[str | None] = []
+    levels = DigitsSampler(steps=10, shift=1.0).sigmas
+    with monkeypatch.context() as patch, load(path, threads=1, session_options=PACKED) as transformer:
+        patch.setattr(Engine, "count_step", lambda _, precision: chosen.append(precision))
+        for level, following in pairwise(levels):
+            t = float(np.float32(1000 * level))
+            c, u = (policy_cases.network(transformer, x, t, value, branch) for branch, value in contexts.items())
+            x = x + np.float32(following - level) * (u + np.float32(1.5) * (c - u))
+    assert [step["precision"] for step in found.steps] == chosen
+    assert len(set(chosen)) > 1, "the policy changes its mind"
+    np.testing.assert_allclose(found.clip, np.clip(x[0] / 2 + np.float32(0.5), 0, 1), rtol=0, atol=EQUAL)
+    for step in found.steps:
+        assert len(step["bins"]) == (0 if step["precision"] is None else 2)
 
 
 @needs_modules

@@ -7,10 +7,12 @@ that give the page threads (cross-origin isolation) and keep it from loading any
 
 from __future__ import annotations
 
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from vdq_export.bundle import Bundle
@@ -77,6 +79,11 @@ class DemoServer(ThreadingHTTPServer):
             **{f"/bundle/{path}": (bundle.path / path).read_bytes for path in listed},
             **{f"/runtime/{name}": (runtime / name).read_bytes for name in RUNTIME},
         }
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that goes away in the middle of an answer is no news either."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def address(self) -> str:
