@@ -262,6 +262,11 @@ CASES = [
     Case("unlike-types", partial(unary, "Softmax", out="uint8"), partial(unary, "Softmax")),
     Case(
         "moved-scales",
+        partial(moved, "Gather", 1.5, [INT64([2])]),
+        partial(moved, "Gather", 1.0, [INT64([2])]),
+    ),
+    Case(
+        "moved-scales",
         partial(moved, "Reshape", 1.5, [INT64([16, 8])]),
         partial(moved, "Reshape", 1.0, [INT64([16, 8])]),
     ),

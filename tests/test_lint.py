@@ -250,7 +250,7 @@ def test_exit_codes_and_outputs(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "x.sarif").read_bytes())["version"] == "2.1.0"
     code, out, err = command("lint", "slow.onnx", "--for", "qnn-v79", cwd=tmp_path)
     assert (code, err) == (0, "")
-    assert "warning qnn/unlike-output (slow)" in out and "0 errors, 1 warning for qnn-v79" in out
+    assert "warning qnn/unlike-output (slow)" in out and "0 errors, 1 warning in 1 graph for qnn-v79" in out
     assert_one_line(command("lint", "bad.onnx", cwd=tmp_path), "--for")
 
 

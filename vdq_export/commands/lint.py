@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
 
 import click
@@ -14,7 +13,7 @@ from vdq_export.commands.options import machine_readable
 from vdq_export.lint import LintReport, lint_bundle, lint_file
 from vdq_export.lint.report import Finding
 
-NODES = 6  # shown of those that break one rule in the same way
+NODES = 6  # shown of those that break one rule
 
 
 @click.command("lint")
@@ -43,15 +42,21 @@ def lint(path: Path, profile: str | None) -> LintReport:
 
 
 def print_report(report: LintReport, console: Console) -> None:
-    for (rule, message), found in groupby(report.findings, key=lambda one: (one.rule, _shape_of(one))):
-        _print_group(rule, message, list(found), console)
+    """Rule by rule: where, why, what to change, how we know."""
+    groups: dict[str, list[Finding]] = {}
+    for finding in report.findings:
+        groups.setdefault(finding.rule, []).append(finding)
+    for found in groups.values():
+        _print_group(found, console)
     counts = f"{_count(len(report.errors), 'error')}, {_count(len(report.warnings), 'warning')}"
-    console.print(f"{counts} for {report.profile} ({report.consumer}) in {_count(len(report.graphs), 'graph')}")
+    where = f"in {_count(len(report.graphs), 'graph')} for {report.profile} ({report.consumer})"
+    console.print(f"{counts} {where}", markup=False, highlight=False)
 
 
-def _print_group(rule: str, message: str, found: list[Finding], console: Console) -> None:
+def _print_group(found: list[Finding], console: Console) -> None:
     first = found[0]
-    console.print(f"[bold]{first.severity}[/bold] {rule} ({first.kind}), {_count(len(found), 'node')}", highlight=False)
+    title = f"{first.severity} {first.rule} ({first.kind}), {_count(len(found), 'finding')}"
+    console.print(title, style="bold red" if first.severity == "error" else "bold yellow", highlight=False)
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -64,11 +69,6 @@ def _print_group(rule: str, message: str, found: list[Finding], console: Console
     for label, text in (("in", ", ".join(files)), ("why", first.why), ("do", first.fix), ("from", first.source)):
         table.add_row(label, text)
     console.print(table, markup=False)
-
-
-def _shape_of(finding: Finding) -> str:
-    """Findings of one rule and operator are shown together."""
-    return finding.op
 
 
 def _count(number: int, what: str) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 import numpy as np
 
 from vdq_export.lint import signature
 from vdq_export.lint.checks import Check, Hit, Scope
 from vdq_export.lint.view import DEQUANTIZE, QUANTIZE, Operand, Unit
+
+_FLOATS = ("f32", "f16", "bf16", "f64")
 
 
 class Quantized(Check, frozen=True, tag="quantized"):
@@ -18,10 +21,10 @@ class Quantized(Check, frozen=True, tag="quantized"):
         if any(signature.parse(text).takes(unit) for text in scope.table.types_of(unit.op) or ()):
             return
         for index, operand in enumerate(unit.inputs):
-            if operand.code == "f32":
+            if operand.code in _FLOATS:
                 yield f"input {index} ({operand.value.name}) has no DequantizeLinear in front"
         for index, operand in enumerate(unit.outputs):
-            if operand.code == "f32":
+            if operand.code in _FLOATS:
                 read = "is also read unquantized" if operand.value.outputs else "has no QuantizeLinear behind"
                 yield f"output {index} ({operand.value.name}) {read}"
 
@@ -135,11 +138,17 @@ class Blocks(Check, frozen=True, tag="blocks"):
 
 
 class MatchingScales(Check, frozen=True, tag="matching_scales"):
-    """An operator that only moves values, whose outputs are scaled otherwise than one of these `inputs`."""
+    """An operator that only moves values, whose outputs are scaled otherwise than one of these `inputs`.
+
+    several: only where input 1, the indices, has more than one entry.
+    """
 
     inputs: tuple[int, ...] = (0,)
+    several: bool = False
 
     def unit(self, unit: Unit, scope: Scope) -> Iterator[str]:
+        if self.several and prod(unit.inputs[1].shape or ()) == 1:
+            return
         moved = [found for index in self.inputs if (found := _at(unit, index)) is not None]
         if len({_numbers(o) for o in (*moved, *unit.outputs) if o.encoding is not None}) > 1:
             yield f"{unit.op} moves values between unlike scales"

@@ -87,7 +87,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Unit:
-    """One operator that computes or moves values."""
+    """One operator that computes or moves values. outputs: those that somebody reads (all, when nobody reads any)."""
 
     node: Node
     inputs: tuple[Operand, ...]
@@ -121,10 +121,14 @@ class View:
     @cached_property
     def units(self) -> list[Unit]:
         return [
-            Unit(n, tuple(map(_input, n.inputs)), tuple(map(_output, n.outputs)))
+            Unit(n, tuple(map(_input, n.inputs)), tuple(map(_output, self._read(n.outputs))))
             for n in self.graph.nodes
             if n.op not in (QUANTIZE, DEQUANTIZE)
         ]
+
+    def _read(self, outputs: Sequence[Value]) -> list[Value]:
+        ends = {id(value) for value in self.outputs}
+        return [value for value in outputs if value.outputs or id(value) in ends] or list(outputs)
 
     @cached_property
     def by_node(self) -> dict[int, Unit]:
