@@ -19,7 +19,7 @@ from vdq_export.plan import QuantPlan
 from vdq_export.target_spec import Capability, TargetSpec
 
 NAME = "qnn"
-FORMS = ("rank_limit", "square", "flat_rows", "mask_bias", "float_masks", "batch_broadcast")
+FORMS = ("rank_limit", "square", "flat_rows", "mask_bias", "float_masks", "gather_rows", "batch_broadcast")
 PASSES = ()
 ARCHS = ("v73", "v75", "v79", "v81")
 _TRIAL = "trial with onnxruntime-qnn 2.7.0, HTP emulator"
