@@ -114,13 +114,10 @@ def _foldable(graph: Graph, report: PassReport) -> list[Node]:
 
 
 def _is_weight_transpose(node: Node) -> bool:
+    if node.op != "Transpose" or not is_constant(node.inputs[0]):
+        return False
     weight = node.inputs[0]
-    return (
-        node.op == "Transpose"
-        and is_constant(weight)
-        and len(weight.shape) == 2
-        and not np.issubdtype(weight.dtype, np.integer)
-    )
+    return len(weight.shape) == 2 and not np.issubdtype(weight.dtype, np.integer)
 
 
 def _evaluate(graph: Graph, names: list[str]) -> dict[str, Array]:
