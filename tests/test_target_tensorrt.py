@@ -30,6 +30,7 @@ from vdq_export.metrics import decibels
 from vdq_export.model import Model
 from vdq_export.plan import Dynamic
 from vdq_export.recipe import Recipe, load
+from vdq_export.runtime import load as load_runtime
 from vdq_export.targets._tensorrt_types import four_bits, half
 from vdq_export.trt_functions import FP4, MXFP8
 
@@ -256,6 +257,11 @@ def test_export(recipe: str, isa: str, tiny: Model, traced: Graph, record: Path,
         else:  # onnxruntime's CPU provider has no BF16
             found = ReferenceEvaluator(checked(given_over)).run(None, feeds)[0]
         assert error_db(exact, found) > {"fp16": 25, "bf16": 20}[isa]
+    with load_runtime(bundle.path, threads=1) as transformer:  # bins share a session: their scales are fed
+        for step in tiny_model.trajectory(3)[:4]:
+            with transformer.cache_context(step["branch"]):
+                found = transformer(**step["inputs"]).sample.numpy()
+            assert error_db(tiny(**step["inputs"]).numpy(), found) > 25
 
 
 # -- rules -------------------------------------------------------------------------------------------------------------
