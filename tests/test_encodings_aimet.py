@@ -49,7 +49,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     cases |= {f"{v} blocks": (blocks, encodings.to_json(encodings.of_graph(blocks), v)) for v in ("1.0.0", "2.0.0")}
     fewer = json.loads(encodings.to_json([one for one in found if one.name != "shifted"], "2.0.0"))
     next(one for one in fewer["encodings"] if one["name"] == "product")["y_scale"] *= 1 + 1e-6
-    next(one for one in fewer["encodings"] if one["name"] == "y")["y_zero_point"] = 9000
+    next(one for one in fewer["encodings"] if one["name"] == "y")["y_scale"] *= 3
     cases["wrong"] = (plain, json.dumps(fewer).encode())
     return ask(cases, tmp_path_factory.mktemp("aimet"))
 
@@ -72,6 +72,6 @@ def test_aimet_reads_the_same_from_the_q_dq_nodes(answers: dict[str, dict[str, A
 
 
 def test_the_check_can_fail(answers: dict[str, dict[str, Any]]) -> None:
-    """A scale off by 1e-6, another zero point and a tensor that is missing are seen."""
+    """A scale off by 1e-6, one three times as large and a tensor that is missing are seen."""
     found = answers["wrong"]
     assert found["read"]["differing"] == ["product", "y"] and found["uncovered"] == ["shifted"] and found["run"] > 0

@@ -12,6 +12,7 @@ import torch
 from tests.commands import MODEL, assert_one_line, command
 from vdq_export import ort, targets
 from vdq_export.bundle import Bundle
+from vdq_export.encodings import from_json
 from vdq_export.graph import INLINE_BYTES, Graph
 from vdq_export.model import Model
 from vdq_export.targets.qnn import ARCHS
@@ -107,3 +108,23 @@ def test_bits_from_the_command(tmp_path: Path) -> None:
 def test_what_the_htp_has_not_is_refused(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
     assert_one_line(command(MODEL, "--target", "qnn", *arguments, "--out", "b", cwd=tmp_path), *words)
     assert not (tmp_path / "b").exists()
+
+
+def test_every_quantized_tensor_has_its_encoding(exported: Path) -> None:
+    """As many in a bin's file as its graph dequantizes, with the plan's numbers; bins differ in activations alone."""
+    bundle = Bundle.open(exported)
+    files = []
+    for place, one in enumerate(bundle.plan.bins):
+        data = (exported / f"handoff/encodings/{one.name}.aimet-2.0.0.json").read_bytes()
+        files.append({encoding.name: encoding for encoding in from_json(data)})
+        graph = Graph.load(bundle.graph_path(one))
+        assert len(files[-1]) == sum(node.op == "DequantizeLinear" for node in graph.nodes)
+        planned = {value.name: value.ranges[place] for value in bundle.plan.values if value.name in files[-1]}
+        assert len(planned) > 100
+        for name, numbers in planned.items():
+            held = files[-1][name]
+            assert held.scale == np.float32(numbers.scale) and held.zero_point == numbers.zero_point, name
+    assert {one.axis for one in files[0].values()} >= {None, 1}
+    weights = [name for name, one in files[0].items() if one.axis == 1]
+    assert all(files[0][name].same_grid(files[1][name]) for name in weights)
+    assert any(not one.same_grid(files[1][name]) for name, one in files[0].items())

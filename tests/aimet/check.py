@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def check(folder: str) -> None:
     held = json.loads(Path(encodings).read_bytes())
     entries = entries_of(held)
     found: dict[str, Any] = {"version": held["version"], "tensors": len(entries)}
+    found["aimet"] = metadata.version("aimet-onnx")
     if held["version"] == "2.0.0":
         found["read"] = read(qdq, entries)
     found |= load(floated, encodings, held, entries)
