@@ -106,10 +106,10 @@ def where(act: str | None = "uint16", out: str | None = "uint16") -> Made:
     return done(b, b.op("Where", [chosen, b.input(*SHAPE, act=act), b.input(*SHAPE, act=act)], act=out))
 
 
-def moved(op: str, gain: float, extra: Sequence[Any], **attributes: Any) -> Made:
+def moved(op: str, gain: float, extra: Sequence[Any], shape: Sequence[int] = (8, 16), **attributes: Any) -> Made:
     """An operator that moves values; the output's scale is `gain` times the input's."""
     b = Builder()
-    x = b.input(8, 16)
+    x = b.input(*shape)
     scale = float(b.values[b.nodes[0].input[1]])
     zero = int(b.values[b.nodes[0].input[2]])
     y = b.node(op, [x, *map(b.constant, extra)], **attributes)
@@ -205,6 +205,11 @@ CASES = [
         "gather-scales",
         partial(moved, "Gather", 1.5, [INT64([2, 5])]),
         partial(moved, "Gather", 1.0, [INT64([2, 5])]),
+    ),
+    Case(
+        "gather-nd",
+        partial(moved, "GatherND", 1.0, [INT64([[0], [2], [3], [7], [5]])], shape=(8, 2, 16)),
+        partial(moved, "Gather", 1.0, [INT64([0, 2, 3, 7, 5])], shape=(8, 2, 16)),
     ),
     Case("gather-scales", partial(table, 1.5), partial(table, 1.0)),
     Case("asymmetric-channels", partial(linear, zero=3), MATMUL),
