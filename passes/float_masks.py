@@ -118,7 +118,7 @@ class _Masks:
         return self._node("Clip", [value, self._number(0.0, node), self._number(1.0, node)], node, value.shape)
 
     def _number(self, number: float, node: Node) -> Value:
-        return self._graph.constant(self._graph.fresh(f"{node.name}.number"), np.float32(number))
+        return self._graph.constant(self._graph.fresh(f"{node.name}.number"), np.array(number, np.float32))
 
     def _node(self, op: str, inputs: list[Value], like: Node, shape: list[int], attrs: dict | None = None) -> Value:  # type: ignore[type-arg]
         path = like.name.rpartition("/")[0]
