@@ -51,7 +51,10 @@ def tiny_bundle(folder: Path, tiny: Model, traced: Graph) -> Bundle:
 
 @pytest.fixture(scope="module")
 def sample() -> Model:
-    return digits.load(calibration_cases=1)
+    """Digits, with every third call of one trajectory, made once."""
+    model = digits.load(calibration_cases=1)
+    model.trajectories = [list(next(iter(model.iter_trajectories())))[::3]]
+    return model
 
 
 @pytest.fixture(scope="module")
