@@ -68,8 +68,8 @@ TABLE = (
         detail="RotaryEmbedding is refused: graphs have standard operators only", source=_TRIAL,
     ),
     Capability(
-        subject="Intel NPU", supported=True, detail="not tried: its compiler does not load without the driver",
-        source="OpenVINO's documentation of the NPU device",
+        subject="Intel NPU", supported=False,
+        detail="not tried, nothing is promised: its compiler does not load without the driver", source=_TRIAL,
     ),
 )  # fmt: skip
 
@@ -91,7 +91,7 @@ def spec(isa: str | None = None) -> TargetSpec:
         raise UnknownNameError("instruction set", chosen, WEIGHT_QMAX)
     return TargetSpec(
         name=NAME,
-        summary="OpenVINO on x86 CPUs and Intel NPUs, static 8-bit integer linears",
+        summary="OpenVINO on x86 CPUs (Intel NPUs: not tried), static 8-bit integer linears",
         isa=chosen,
         activation_dtype={4: "uint8", 6: "uint8", 8: "uint8"},
         weight_dtype={4: "int8", 6: "int8", 8: "int8"},
