@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +22,22 @@ from tests.families import FAMILIES
 from vdq_export import ort
 from vdq_export.errors import VdqError
 from vdq_export.graph import Graph
+from vdq_export.lint import lint_graphs
 from vdq_export.metrics import sqnr_db
 from vdq_export.model import Model
 
-HEADS = ("family", "operators", "CPU nodes", "contexts", "compile s", "emulated dB", "ORT dB", "remark")
+HEADS = ("family", "operators", "CPU nodes", "contexts", "lint errors", "compile s", "emulated dB", "ORT dB", "remark")
 STEPS = (0, 5)  # of the first trajectory: noisy and conditional, cleaner and unconditional
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one family's only bin. cpu_nodes: "OpType name" of what the HTP does not take."""
+    """Of one family's only bin. cpu_nodes: "OpType name" of what the HTP does not take. lint_errors: rules."""
 
     operators: int
     cpu_nodes: tuple[str, ...]
     contexts: int
+    lint_errors: tuple[str, ...]
     compile_seconds: float
     emulated_db: float
     ort_db: float
@@ -62,6 +65,7 @@ def measure(model: Model, folder: Path, arch: str = "v75") -> Measured:
         operators=sum(node.op not in ("QuantizeLinear", "DequantizeLinear") for node in graph.nodes),
         cpu_nodes=tuple(hexagon.left_over(htp)),
         contexts=sum(part.ep_name == hexagon.PROVIDER for part in htp.get_provider_graph_assignment_info()),
+        lint_errors=tuple(finding.rule for finding in lint_graphs({path.name: graph}, f"qnn-{arch}").errors),
         compile_seconds=compiled,
         emulated_db=sqnr_db(expected, np.stack([htp.run(None, one)[0] for one in feeds])),
         ort_db=sqnr_db(expected, np.stack([cpu.run(None, one)[0] for one in feeds])),
@@ -80,11 +84,12 @@ def _row(name: str) -> tuple[str, ...]:
         except VdqError as error:
             return (name, *("–",) * (len(HEADS) - 2), str(error))
     return (
-        name, str(found.operators), str(len(found.cpu_nodes)), str(found.contexts), f"{found.compile_seconds:.1f}",
-        f"{found.emulated_db:.2f}", f"{found.ort_db:.2f}", ", ".join(found.cpu_nodes[:3]),
+        name, str(found.operators), str(len(found.cpu_nodes)), str(found.contexts),
+        str(len(found.lint_errors)), f"{found.compile_seconds:.1f}", f"{found.emulated_db:.2f}", f"{found.ort_db:.2f}",
+        ", ".join((*found.cpu_nodes, *found.lint_errors)[:3]),
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    for row in (HEADS, ["---"] * len(HEADS), *rows(tuple(sys.argv[1:]))):
+    for row in chain((HEADS, ["---"] * len(HEADS)), rows(tuple(sys.argv[1:]))):
         print(f"| {' | '.join(row)} |", flush=True)

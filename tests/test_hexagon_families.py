@@ -23,5 +23,6 @@ def test_the_whole_model_runs_on_the_htp_and_is_right(family: str, tmp_path: Pat
     found = measure(FAMILIES[family](), tmp_path / "bundle")
     assert found.cpu_nodes == ()
     assert found.contexts == 1
+    assert found.lint_errors == ()
     assert abs(found.emulated_db - found.ort_db) < APART_DB
     assert found.emulated_db > LEAST_DB
