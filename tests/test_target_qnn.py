@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
+import vdq_export
 from tests.commands import MODEL, assert_one_line, command
-from vdq_export import ort, targets
+from vdq_export import ort, recipe, targets
 from vdq_export.bundle import Bundle
 from vdq_export.encodings import from_json
 from vdq_export.graph import INLINE_BYTES, Graph
 from vdq_export.model import Model
-from vdq_export.targets.qnn import ARCHS
+from vdq_export.recipe import Override
+from vdq_export.targets.qnn import ARCHS, hexagon
+from vdq_export.verify_device import Choices, verify_device
 
 QUANTIZERS = {"QuantizeLinear", "DequantizeLinear"}
 
@@ -87,13 +91,30 @@ def test_bits_from_the_command(tmp_path: Path) -> None:
         MODEL, "--target", "qnn", "--activations", "8", "--tsw", "1", "--out", "b", "--json", cwd=tmp_path
     )
     assert (code, err) == (0, "")
-    plan = Bundle.open(
-        json.loads(out)["bundle"] if Path(json.loads(out)["bundle"]).is_absolute() else tmp_path / "b"
-    ).plan
+    plan = Bundle.open(tmp_path / json.loads(out)["bundle"]).plan
     assert plan.recipe.activations.bits == 8
     kinds = {one.dtype for one in plan.values}
     assert kinds == {"uint8", "uint16"}, "16 bits where the recipe keeps float elsewhere"
     assert sum(one.dtype == "uint8" for one in plan.values) > 0.8 * len(plan.values)
+
+
+@pytest.mark.skipif(not hexagon.available(), reason="onnxruntime-qnn is not installed: pip install 'vdq-export[qnn]'")
+def test_a_mix_of_bits_on_the_emulator(tiny: Model, tmp_path: Path) -> None:
+    """One block in 8 bits between 16-bit neighbours, its FFN with 4-bit weights: all on the HTP, exact to 0.5 dB."""
+    rules = (
+        Override(match="blocks.1.*", activations=8, why="test"),
+        Override(match="blocks.1.ffn.*", weights=4, why="test"),
+    )
+    method = msgspec.structs.replace(recipe.load("static-asq"), override=rules)
+    bundle = vdq_export.export(tiny, target="qnn", tsw=1, recipe=method, out=tmp_path / "b")
+    assert {value.dtype for value in bundle.plan.values} == {"uint8", "uint16"}
+    assert any(c.dtype == "uint8" for value in bundle.plan.values for c in value.conversions)
+    report = verify_device(bundle, tiny, Choices(steps=2, clips=0))
+    assert report.device is not None
+    [one] = report.device.bins
+    assert one.off_device == ()
+    assert one.drop_db is not None and one.drop_db <= 0.5
+    assert one.exact_db is not None and 20 < one.exact_db < 40, "8-bit activations cost what they cost"
 
 
 @pytest.mark.parametrize(
