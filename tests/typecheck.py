@@ -21,7 +21,16 @@ def main() -> int:
         sources, stage = copy_sources(Path(temporary) / "sources"), Path(temporary) / "stage"
         install(sources, stage)
         settings = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
-        mypy = [sys.executable, "-m", "mypy", "--follow-imports=silent", *settings, "-p", "vdq_export"]
+        mypy = [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--follow-imports=silent",
+            "--no-namespace-packages",
+            *settings,
+            "-p",
+            "vdq_export",
+        ]
         done = subprocess.run(mypy, cwd=stage, capture_output=True, text=True, check=False)
         print(done.stdout, done.stderr, sep="", end="")
         present = len(list((stage / "vdq_export").rglob("*.py")))
