@@ -13,7 +13,7 @@ import logging
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -54,13 +54,9 @@ def trace(model: Model, *, tolerance: float = 1e-4) -> Graph:
     """
     if model.experts:
         raise TraceError(f"{model.name} is {len(model.experts)} networks", hint="trace each of model.networks()")
-    intermediate = _export(model)
-    _name_by_module(intermediate)
-    arrays = _detach_weights(intermediate)
-    proto = ir.to_proto(intermediate)
-    proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    graph = Graph.from_proto(proto, arrays, source=model.weight_hash())
-    graph.cleanup()
+    intermediate = to_onnx(model.name, model.module, model.example_inputs)
+    tidy(intermediate)
+    graph = to_graph(intermediate, _detach_weights(intermediate), source=model.weight_hash())
     error = float_error(graph, model) if tolerance < math.inf else 0.0
     if not error <= tolerance:
         raise TraceError(
@@ -80,31 +76,48 @@ def float_error(graph: Graph, model: Model) -> float:
     return float(np.abs(actual - expected).max()) / scale
 
 
-def _export(model: Model) -> ir.Model:
+def to_onnx(name: str, network: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> ir.Model:
+    """What torch's exporter makes of `network`. Raises TraceError, which calls it `name`."""
     with _quiet(), torch.no_grad():
         try:
-            program = torch.export.export(_Wrapper(model.module), (), dict(model.example_inputs), strict=False)
+            program = torch.export.export(_Wrapper(network), (), dict(inputs), strict=False)
             exported = torch.onnx.export(
                 program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False, output_names=[OUTPUT]
             )
         except Exception as error:  # the exporters raise whatever their internals raise
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise TraceError(f"{model.name} cannot be exported by torch {torch.__version__}: {first_line}") from error
+            raise TraceError(f"{name} cannot be exported by torch {torch.__version__}: {first_line}") from error
     assert exported is not None
-    intermediate: ir.Model = exported.model
-    # Sequence ops (from split/unbind) have no place in a static graph; weights' transposes stay for the `linear` pass.
+    return exported.model
+
+
+def tidy(intermediate: ir.Model) -> None:
+    """Fold, mend and name what the exporter made. No parameter's data is read: there may be none yet."""
+    # Sequence ops (from split/unbind) have no place in a static graph; what reads weights stays for the passes.
     with _quiet():
         fold_constants(
-            intermediate, onnx_shape_inference=False, should_fold=lambda n: False if n.op_type == "Transpose" else None
+            intermediate, onnx_shape_inference=False, should_fold=lambda n: False if _reads_weights(n) else None
         )
     _mend(intermediate)
-    for tidy in (
+    for step in (
         ir_passes.LiftConstantsToInitializersPass(lift_all_constants=True),
         ir_passes.IdentityEliminationPass(),
         ir_passes.RemoveUnusedNodesPass(),
     ):
-        tidy(intermediate)
-    return intermediate
+        step(intermediate)
+    _name_by_module(intermediate)
+
+
+def to_graph(intermediate: ir.Model, arrays: Mapping[str, Array], source: str = "") -> Graph:
+    """The graph of a tidied model; `arrays` holds the initializers that it leaves out."""
+    proto = onnx.shape_inference.infer_shapes(ir.to_proto(intermediate), data_prop=True)
+    graph = Graph.from_proto(proto, arrays, source=source)
+    graph.cleanup()
+    return graph
+
+
+def _reads_weights(node: ir.Node) -> bool:
+    return any(v is not None and v.is_initializer() and str(v.name).startswith(_PREFIX + ".") for v in node.inputs)
 
 
 def _mend(model: ir.Model) -> None:
