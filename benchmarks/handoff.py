@@ -31,8 +31,9 @@ HEXAGON = {
     "hexagon-v79": ("v79", "static-asq", 16, 4, 1),
     "hexagon-v81": ("v81", "static-asq", 16, 4, 0),
     "hexagon-a8": ("v75", "static-asq", 8, 4, 1),
-    "hexagon-w4": ("v75", "svdquant-gptq", 16, 4, 1),
-    "hexagon-w4-channel": ("v75", "dvd-w4a8", 16, 4, 1),
+    "hexagon-w4": ("v75", "rtn", 16, 4, 1),
+    "hexagon-w4-rotated": ("v75", "dvd-w4a8", 16, 4, 1),
+    "hexagon-w4-groups": ("v75", "svdquant-gptq", 16, 4, 1),
 }
 Row = list[str]
 
@@ -71,7 +72,7 @@ def hexagon(settings: dict[str, Any]) -> dict[str, Any]:
         title, f"{device.tool}, {arch} emulated", f"accepted: {len(device.bins)} graphs, {left} nodes on the CPU",
         f"{worst.device_db:.2f}", f"{worst.exact_db:.2f}", "–" if report.psnr_db is None else f"{report.psnr_db:.1f}",
         f"quantizers in its dump: {sum(one.found for one in scales)} found, {wrong} other than the bundle's; "
-        f"verify: {report.verdict}",
+        f"{sum(len(one.float_tensors) for one in scales)} float tensors inside; verify: {report.verdict}",
     ]  # fmt: skip
     return {"rows": [row], "report": json.loads(report.to_json())}
 
@@ -100,7 +101,8 @@ def tensorrt(settings: dict[str, Any]) -> dict[str, Any]:
 def aimet(settings: dict[str, Any]) -> dict[str, Any]:
     from benchmarks import handoff_aimet
 
-    return {"rows": [list(row) for row in handoff_aimet.rows(exported("qnn", recipe="static-asq", activations=16))]}
+    bundle = exported("qnn", recipe="static-asq", activations=16)
+    return {"heads": handoff_aimet.HEADS, "rows": [list(row) for row in handoff_aimet.rows(bundle)]}
 
 
 def families(settings: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +138,9 @@ def run(arguments: argparse.Namespace) -> None:
     tables: list[common.Table] = []
     names = [unit for unit in UNITS if unit in wanted]
     found = {unit: result(unit, unit, {"unit": unit}, arguments) for unit in names}
-    tables.append(("Consumers", HEADS, [row for unit in names for row in found[unit]["rows"]]))
+    tables.append(("Consumers", HEADS, [row for unit in names if unit != "aimet" for row in found[unit]["rows"]]))
+    if "aimet" in found:
+        tables.append(("Encodings", found["aimet"]["heads"], found["aimet"]["rows"]))
     if "families" in wanted:
         answers = [result(f"family-{name}", "families", {"family": name}, arguments) for name in FAMILIES]
         tables.append(

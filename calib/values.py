@@ -107,23 +107,27 @@ def plan_values(plan: QuantPlan, graph: Graph, extremes: Extremes, spec: TargetS
 
     A value gets the bits of the operator that makes it, and where that only moves its input about, the input's range.
     Readers of other bits, linears whose input range was searched narrower, and products of two computed operands (the
-    second one: symmetric, when in 16 bits) get a conversion.
+    second one: symmetric, when in 16 bits) get a conversion. A search has nothing to gain in 16 bits: there linears
+    take the value's own range, and the plan's layers say so.
     """
     planner = _Planner(plan, extremes, spec)
     for value in float_values(graph):
         planner.add(value)
     constants = plan_constants(graph, lambda node: spec.activation_dtype[planner.bits(node)])
-    return replace(plan, values=tuple(planner.done.values()), constants=tuple(constants))
+    layers = tuple(replace(x, activation=planner.given.get(x.name, x.activation)) for x in plan.layers)
+    return replace(plan, layers=layers, values=tuple(planner.done.values()), constants=tuple(constants))
 
 
 class _Planner:
-    """Plans the values of one graph in their order; `done`: what it has, by name."""
+    """Plans the values of one graph in their order; `done`: what it has, by name; `given`: the ranges that linears get
+    instead of those of their layer plans."""
 
     def __init__(self, plan: QuantPlan, extremes: Extremes, spec: TargetSpec) -> None:
         self._recipe, self._spec, self._extremes = plan.recipe, spec, extremes.values
         self._layers = {layer.name: layer for layer in plan.layers if layer.quantized}
         self._bins = [[extremes.slots[i] for i in bin_slots(one, extremes.slots)] for one in plan.bins]
         self.done: dict[str, ValuePlan] = {}
+        self.given: dict[str, tuple[Range, ...]] = {}
 
     def bits(self, node: Node) -> int:
         """Of the activations that a node reads and makes."""
@@ -153,6 +157,9 @@ class _Planner:
             [(kind, theirs), names] = next(iter(wishes.items()))
             if kind == dtype and len(names) == len(readers):
                 ranges, wishes = theirs, {}  # nobody else reads it: the range that was searched is its own
+        for node in readers:
+            if self._linear(node) and not any(node.name in names for names in wishes.values()):
+                self.given[module_path(node)] = ranges
         conversions = tuple(
             Conversion(dtype=kind, ranges=theirs, readers=tuple(names), why=_conversion_why(kind, dtype))
             for (kind, theirs), names in wishes.items()
@@ -174,12 +181,14 @@ class _Planner:
         """Type and ranges that a reader takes; None: the value's own."""
         bits = self.bits(node)
         dtype = self._spec.activation_dtype[bits]
-        layer = self._layers.get(module_path(node))
-        if node.op == "MatMul" and layer is not None and layer.activation and is_constant(node.inputs[1]):
-            return layer.activation_dtype, layer.activation  # type: ignore[return-value]  # integers on such targets
+        if self._linear(node) and not (dtype == own and bits == 16):
+            return dtype, self._layers[module_path(node)].activation
         if node.op == "MatMul" and bits == 16 and node.inputs[1] is value and node.inputs[0] is not value:
             return "int16", tuple(_symmetric(*ends) for ends in self._ends(value))
         return None if dtype == own else (dtype, self._observed(value, Grid(dtype, bits)))
+
+    def _linear(self, node: Node) -> bool:
+        return node.op == "MatMul" and module_path(node) in self._layers and is_constant(node.inputs[1])
 
     def _observed(self, value: Value, grid: Grid) -> tuple[Range, ...]:
         return tuple(_range(*ends, grid) for ends in self._ends(value))

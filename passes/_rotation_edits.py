@@ -34,11 +34,14 @@ def turn_columns(graph: Graph, linear: Linear, block: int) -> None:
         _change(graph, linear.add, bias, change)
 
 
-def turn_value(graph: Graph, value: Value, readers: Sequence[Node], block: int) -> tuple[Value, int]:
+def turn_value(
+    graph: Graph, value: Value, readers: Sequence[Node], block: int, *, constants_last: bool = False
+) -> tuple[Value, int]:
     """Let `readers` (their first operand) see value[..., K] · blockdiag(H); returns it and its multiplications a run.
 
     Large blocks go as Aᵀ · X[p, q] · B, H = A ⊗ B: p + q products an element instead of p · q. The matrices have rank 3
-    ([1, q, q]), which no linear's weight has.
+    ([1, q, q]), which no linear's weight has. constants_last: as ((X · B)ᵀ · A)ᵀ, for machines whose integer products
+    take a constant as the second operand only.
     """
     if value.shape is None:
         raise PassError(f"{value.name} is to be rotated, but its shape is unknown")
@@ -50,7 +53,12 @@ def turn_value(graph: Graph, value: Value, readers: Sequence[Node], block: int) 
     turned = value if plain else _reshape(graph, value, now, f"{path}.blocks")
     b = graph.constant(graph.fresh(f"{path}.hadamard"), right[None].astype(value.dtype, copy=False))
     turned = _matmul(graph, turned, b, path if plain else f"{path}.right", now)
-    if p > 1:
+    if p > 1 and constants_last:
+        a = graph.constant(graph.fresh(f"{path}.hadamard.left"), left[None].astype(value.dtype, copy=False))
+        turned = _transpose(graph, turned, f"{path}.across", [now[0], q, p])
+        turned = _matmul(graph, turned, a, f"{path}.left", [now[0], q, p])
+        turned = _transpose(graph, turned, f"{path}.back", now)
+    elif p > 1:
         a = graph.constant(graph.fresh(f"{path}.hadamard.left"), left.T[None].astype(value.dtype, copy=False))
         turned = _matmul(graph, a, turned, f"{path}.left", now)
     turned = turned if plain else _reshape(graph, turned, shape, path)
@@ -72,6 +80,10 @@ def _change(graph: Graph, node: Node, index: int, change: Callable[[Array], Arra
 
 def _matmul(graph: Graph, a: Value, b: Value, name: str, shape: list[int]) -> Value:
     return graph.add_node("MatMul", [a, b], name, dtype=a.dtype, shape=shape)
+
+
+def _transpose(graph: Graph, value: Value, name: str, shape: list[int]) -> Value:
+    return graph.add_node("Transpose", [value], name, dtype=value.dtype, shape=shape, attrs={"perm": [0, 2, 1]})
 
 
 def _reshape(graph: Graph, value: Value, shape: list[int], name: str) -> Value:

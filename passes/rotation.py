@@ -66,13 +66,13 @@ def run(graph: Graph, context: PassContext) -> PassReport:
     waiting = [group for group in groups if not _is_done(group)]
     report.details += [f"{group.value.name}: rotated before" for group in groups if _is_done(group)]
     turned: set[int] = set()
-    cost = 0
+    last, cost = context.spec is not None and context.spec.every_operator, 0
     for group, found in zip(waiting, carriers(graph, [group.reading for group in waiting]), strict=True):
         value, price = group.value, 0
         if not isinstance(found, str):
             _turn_producers(graph, found, group.block, turned)
         elif group.block > 1:
-            value, price = turn_value(graph, value, group.reading.readers, group.block)
+            value, price = turn_value(graph, value, group.reading.readers, group.block, constants_last=last)
         more = _divide(graph, value, group)
         for linear in group.linears:
             turn_rows(graph, linear.matmul, group.block, group.scale, group.mark)

@@ -14,6 +14,7 @@ from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Linear
 from vdq_export.plan import LayerPlan, QuantPlan, Rotation
 from vdq_export.recipe import RotationRecipe
+from vdq_export.target_spec import TargetSpec
 
 HADAMARD = RotationRecipe(kind="hadamard")
 
@@ -56,10 +57,10 @@ def _widths(graph: Graph) -> dict[str, int]:
     return {linear.value.name: linear.shape[0] for linear in graph.linears()}
 
 
-def rotated(graph: Graph, plan: QuantPlan) -> tuple[Graph, PassReport]:
+def rotated(graph: Graph, plan: QuantPlan, spec: TargetSpec | None = None) -> tuple[Graph, PassReport]:
     """A copy after smoothing and rotation. The original stays, layers keep names, turned weights are marked."""
     kept, after = graph.hash(), graph.copy()
-    report = pipeline.run_passes(after, pipeline.FLOAT, PassContext(plan=plan))[-1]
+    report = pipeline.run_passes(after, pipeline.FLOAT, PassContext(plan=plan, spec=spec))[-1]
     assert report.name == "rotation"
     assert graph.hash() == kept
     assert [x.matmul.name for x in after.linears()] == [x.matmul.name for x in graph.linears()]

@@ -22,11 +22,11 @@ from tests.rotation_cases import (
     rotation_plan,
 )
 from tests.smoothing_cases import EXACT, TOKENS, Net, adaln_net, attention_net, error, gated_net, norm_net
-from vdq_export import ort, pipeline
+from vdq_export import ort, pipeline, targets
 from vdq_export.calib.rotation import choose
 from vdq_export.calib.transform import Transform
 from vdq_export.contract import PassContext
-from vdq_export.graph import Array, Graph
+from vdq_export.graph import Array, Graph, is_constant
 from vdq_export.hadamard import matrix
 from vdq_export.passes import _rotation_edits, rotation
 
@@ -57,6 +57,20 @@ def test_explicit_blocks(width: int, block: int, scaled: bool) -> None:
     assert len(inserted(after, "MatMul")) == {1: 0, 160: 2, 256: 2}.get(block, 1)
     if block > 1:
         assert explicit(report).keys() == {"norm/LayerNormalization"}
+
+
+@SCALES
+@pytest.mark.parametrize("width", [192, 320])
+def test_constants_come_last_where_every_operator_is_an_integer_one(width: int, scaled: bool) -> None:
+    """An HTP's integer product takes a constant as its second operand; as the first one it would run in float."""
+    graph = norm_net(width, "affine")
+    plan = rotation_plan(graph, scaled=scaled)
+    after, _ = rotated(graph, plan, targets.load("qnn").spec())
+    assert error(graph, after) <= EXACT
+    assert (len(inserted(after, "MatMul")), len(inserted(after, "Transpose"))) == (2, 2)
+    assert not any(is_constant(node.inputs[0]) for node in after.nodes if node.op == "MatMul")
+    plain, _ = rotated(graph, plan)
+    assert any(is_constant(node.inputs[0]) for node in plain.nodes if node.op == "MatMul")
 
 
 @pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (2, 1, 3, 24), (1, 2, 1, 3, 24)])

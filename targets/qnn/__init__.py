@@ -29,6 +29,10 @@ TABLE = (
         detail="MatMul, Gemm, Conv", source=_TRIAL,
     ),
     Capability(
+        subject="u16 activations x s4 weights in groups of 16, 32 or 64", supported=False,
+        detail="accepted; the weights are dequantized and the product runs in float", source=_TRIAL,
+    ),
+    Capability(
         subject="products of two activations in u16", supported=False,
         detail="accepted, but the second one is silently rounded to 8 bits: it is emitted in symmetric s16",
         source=_TRIAL,
