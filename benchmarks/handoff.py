@@ -25,11 +25,12 @@ HEADS = (
     "target, recipe", "consumer", "verdict", "consumer dB", "onnxruntime dB", "clip PSNR dB", "remark",
 )  # fmt: skip
 # Name -> (architecture, recipe, bits of activations, calls of each bin, clips). The emulator needs a second a call.
-HEXAGON = {
+HEXAGON: dict[str, tuple[str, str, int | str, int, int]] = {
     "hexagon-v73": ("v73", "static-asq", 16, 4, 0),
     "hexagon-v75": ("v75", "static-asq", 16, 4, 2),
     "hexagon-v79": ("v79", "static-asq", 16, 4, 1),
     "hexagon-v81": ("v81", "static-asq", 16, 4, 0),
+    "hexagon-mixed": ("v75", "static-asq", "mixed", 4, 1),
     "hexagon-a8": ("v75", "static-asq", 8, 4, 1),
     "hexagon-w4": ("v75", "rtn", 16, 4, 1),
     "hexagon-w4-rotated": ("v75", "dvd-w4a8", 16, 4, 1),
@@ -62,7 +63,7 @@ def hexagon(settings: dict[str, Any]) -> dict[str, Any]:
     assert device is not None
     refused = [one.error for one in device.bins if one.error]
     left = sum(len(one.off_device) for one in device.bins)
-    title = f"qnn, {recipe}, {bits}-bit activations"
+    title = f"qnn, {recipe}, {bits} activations" if bits == "mixed" else f"qnn, {recipe}, {bits}-bit activations"
     if refused:
         return {"rows": [[title, f"{device.tool}, {arch}", "refused", "–", "–", "–", refused[0]]]}
     worst = max(device.bins, key=lambda one: one.drop_db or 0.0)

@@ -136,7 +136,7 @@ class _Planner:
             return self._layers[path].activation_bits
         if any(fnmatchcase(path, rule.match) for rule in self._recipe.keep_float):
             return max(self._spec.activation_dtype)
-        bits = self._recipe.activations.bits
+        bits = self._recipe.activations.between or self._recipe.activations.bits
         for rule in self._recipe.override:
             if rule.activations and fnmatchcase(path, rule.match):
                 bits = rule.activations

@@ -98,6 +98,23 @@ def test_bits_from_the_command(tmp_path: Path) -> None:
     assert sum(one.dtype == "uint8" for one in plan.values) > 0.8 * len(plan.values)
 
 
+def test_mixed_bits(tiny: Model, tmp_path: Path) -> None:
+    """Linears in 8 bits, with the layers that the recipe keeps in float elsewhere and all between them in 16."""
+    plan = vdq_export.export(tiny, target="qnn", tsw=1, activations="mixed", out=tmp_path / "b").plan
+    bits = {layer.name: layer.activation_bits for layer in plan.layers}
+    assert {name for name, own in bits.items() if own == 16} == {
+        name for name in bits if not name.startswith("blocks.")
+    }
+    for one in plan.values:
+        path = one.name.rpartition("/")[0]
+        wide = bits.get(path, 16) == 16
+        assert one.dtype == ("uint16" if wide else "uint8"), one.name
+
+
+def test_mixed_is_for_targets_without_float(tmp_path: Path) -> None:
+    assert_one_line(command(MODEL, "--activations", "mixed", "--out", "b", cwd=tmp_path), "mixed", "ort-int8")
+
+
 @pytest.mark.skipif(not hexagon.available(), reason="onnxruntime-qnn is not installed: pip install 'vdq-export[qnn]'")
 def test_a_mix_of_bits_on_the_emulator(tiny: Model, tmp_path: Path) -> None:
     """One block in 8 bits between 16-bit neighbours, its FFN with 4-bit weights: all on the HTP, exact to 0.5 dB."""
@@ -122,6 +139,7 @@ def test_a_mix_of_bits_on_the_emulator(tiny: Model, tmp_path: Path) -> None:
     [
         (("--isa", "v99"), ("v99", "v79")),
         (("--activations", "4"), ("4-bit activations", "8, 16")),
+        (("--activations", "half"), ("half", "neither a number from 1 nor mixed")),
         (("--recipe", "q-dit"), ("groups of 128", "16, 32, 64")),
         (("--recipe", "wan22-mxfp4"), ("computed at run time", "reference")),
     ],

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -22,7 +22,7 @@ from vdq_export.calib.solve import Solved, at_precision, solve
 from vdq_export.calib.step_reuse import Learnt, learn
 from vdq_export.calib.values import observe_values, plan_values
 from vdq_export.contract import PassContext, PassReport
-from vdq_export.errors import CalibrationError, ModelError, PassError
+from vdq_export.errors import CalibrationError, ModelError, PassError, RecipeError
 from vdq_export.graph import Graph
 from vdq_export.manifest import Manifest, ModelIdentity, Signature
 from vdq_export.model import Model
@@ -115,12 +115,13 @@ def make_plan(
     recipe: str | Recipe,
     tsw: int | str | None = None,
     isa: str | None = None,
-    activations: int | None = None,
+    activations: int | Literal["mixed"] | None = None,
     **choices: Any,
 ) -> Planned:
     """Everything that looks at data.
 
-    activations: their bits, by default the target's, or the recipe's where the target has none of its own.
+    activations: their bits, by default the target's, or the recipe's where the target has none of its own; "mixed":
+    8 in linears and 16 between them, on targets that leave no operator in float.
     choices: optimal_bins; calibration: a saved record to use instead of running the model; save_calibration; workers:
     processes that solve layers; traced: {expert, "" for the only network: its graph} if there are any already (they
     are edited); dump; reporter.
@@ -128,9 +129,11 @@ def make_plan(
     chosen = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     count = None if tsw is None else _bin_count(tsw)
     spec = targets.load(target).spec(isa)
-    chosen = _with_activations(chosen, activations or spec.default_activations)
+    chosen = _with_activations(chosen, activations or spec.default_activations, spec)
     settings = _Settings(spec, chosen, count, **choices)  # cheap refusals first
     model = sources.resolve(model)
+    for text in model.metadata.get("notes", ()):
+        settings.reporter.warn(text)
     for expert, _ in model.networks():
         place = record_path(settings.calibration, expert)
         if place is not None and not place.is_file():
@@ -243,11 +246,17 @@ def _precisions(solved: Solved, record: CalibrationRecord, spec: TargetSpec, cou
     return msgspec.structs.replace(plan, precision="low"), high
 
 
-def _with_activations(recipe: Recipe, bits: int) -> Recipe:
-    """`recipe` with activations of so many bits; 0: its own."""
-    if not bits or bits == recipe.activations.bits:
+def _with_activations(recipe: Recipe, wanted: int | Literal["mixed"], spec: TargetSpec) -> Recipe:
+    """`recipe` with activations of so many bits; 0: its own. Raises RecipeError for a mix where nothing is between."""
+    if wanted == "mixed" and not spec.every_operator:
+        raise RecipeError(
+            f"mixed activations are for targets that quantize every operator; {spec.name} runs the others in float",
+            hint="say a number of bits",
+        )
+    bits, between = (8, 16) if wanted == "mixed" else (wanted, 0)
+    if not bits or (bits, between) == (recipe.activations.bits, recipe.activations.between):
         return recipe
-    activations: Any = msgspec.structs.replace(recipe.activations, bits=bits)
+    activations: Any = msgspec.structs.replace(recipe.activations, bits=bits, between=between)
     return msgspec.structs.replace(recipe, activations=activations)
 
 

@@ -58,9 +58,11 @@ class ActivationRecipe(_Settings, frozen=True):
     clip: shares of the range tried per value and bin on the output error of the layers that read it; () tries none.
     granularity: `token` and `channel` are computed at run time, only for targets whose table says so; so are the
     block scales of `mxfp4`, `mxfp8` and `nvfp4`. grid: `fp8` is E4M3, symmetric; `float` quantizes weights alone.
+    between: bits of the operators between the linears, on targets that leave none in float; 0: `bits`.
     """
 
     bits: Bits = 8
+    between: Literal[0, 8, 16] = 0
     grid: NumberFormat | Literal["float"] = "int"
     granularity: Literal["tensor", "token", "channel"] = "tensor"
     range: Literal["minmax", "percentile", "mse"] = "minmax"

@@ -8,21 +8,8 @@ from typing import Any
 import click
 
 from vdq_export.bundle import Bundle
-from vdq_export.commands.options import machine_readable, reporter, verbosity
+from vdq_export.commands.options import NumberOr, machine_readable, reporter, verbosity
 from vdq_export.targets.qnn.contexts import SOCS, CompileReport, compile_bundle
-
-
-class _Parts(click.ParamType[Any]):
-    """A number from 1, or "auto"."""
-
-    name = "number|auto"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "auto" or isinstance(value, int):
-            return value
-        if value.isdecimal() and int(value):
-            return int(value)
-        return self.fail(f"{value!r} is neither a number from 1 nor auto", param, ctx)
 
 
 @click.command("compile")
@@ -38,7 +25,11 @@ class _Parts(click.ParamType[Any]):
     "--shared/--unshared", default=True, show_default=True, help="All bins in one binary, their weights once."
 )
 @click.option(
-    "--parts", type=_Parts(), default=1, show_default=True, help="Contexts to cut each graph into; auto: the fewest."
+    "--parts",
+    type=NumberOr("auto"),
+    default=1,
+    show_default=True,
+    help="Contexts to cut each graph into; auto: the fewest.",
 )
 @click.option("--force", is_flag=True, help="Replace contexts that the bundle has already.")
 @machine_readable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,47 @@ def together(*decorators: Decorator) -> Decorator:
     return apply
 
 
+def _folded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of the model's source become part of the MODEL argument, by which it is found again."""
+
+    @wraps(function)
+    def called(model: str, **choices: Any) -> Any:
+        chosen = {name: choices.pop(name) for name in _SHAPING}
+        return function(model=sources.with_options(model, **chosen), **choices)
+
+    return called
+
+
+_SHAPING = ("frames", "height", "width", "steps", "guidance", "shift", "prompt_embeds", "trajectories")
+shaping = together(
+    click.option("--frames", type=click.IntRange(min=1), help="Frames of the video (diffusers folders)."),
+    click.option("--height", type=click.IntRange(min=1), help="Its height in pixels."),
+    click.option("--width", type=click.IntRange(min=1), help="Its width in pixels."),
+    click.option("--steps", type=click.IntRange(min=1), help="Denoising steps; by default the family's."),
+    click.option("--guidance", type=click.FloatRange(min=0), help="Guidance scale; 1 or less: no second branch."),
+    click.option("--shift", type=click.FloatRange(min=0, min_open=True), help="Shift of a flow-matching schedule."),
+    click.option(
+        "--prompt-embeds", type=click.Path(exists=True, dir_okay=False), help="Text embeddings, a safetensors file."
+    ),
+    click.option("--trajectories", type=click.Path(exists=True), help="Recorded trajectories, a file or folder."),
+    _folded,
+)
+
+
+class NumberOr(click.ParamType[Any]):
+    """A number from 1, or a word."""
+
+    def __init__(self, word: str) -> None:
+        self.name, self._word = f"number|{word}", word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == self._word or isinstance(value, int):
+            return value
+        if value.isdecimal() and int(value):
+            return int(value)
+        return self.fail(f"{value!r} is neither a number from 1 nor {self._word}", param, ctx)
+
+
 planning = together(
     click.argument("model", default=sources.DEFAULT),
     click.option(
@@ -40,14 +82,15 @@ planning = together(
     ),
     click.option(
         "--activations",
-        type=click.IntRange(min=1),
-        help="Bits of activations; by default the target's or the recipe's.",
+        type=NumberOr("mixed"),
+        help="Bits of activations, or `mixed`: 8 in linears, 16 between them (qnn); default: the target's or recipe's.",
     ),
     click.option("--budget", metavar="TEXT", help="Search bits per layer: size=4.2bit, bops=32 or quality=35dB."),
     click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the recipe that the search found here."),
     click.option("--workers", type=click.IntRange(min=1), help="Processes that solve layers; by default one a core."),
     click.option("--calibration", type=click.Path(path_type=Path), help="Reuse this calibration record."),
     click.option("--save-calibration", type=click.Path(path_type=Path), help="Keep the calibration record here."),
+    shaping,
 )
 machine_readable = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
