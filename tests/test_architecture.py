@@ -29,6 +29,7 @@ LAYERS = {
     "vdq_export.hadamard": 1,
     "vdq_export.number_grid": 1,
     "vdq_export.ort": 1,
+    "vdq_export.vendor_tool": 1,
     "vdq_export.openvino_runtime": 1,
     "vdq_export.qnn_provider": 1,
     "vdq_export.contract": 1,

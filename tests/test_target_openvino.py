@@ -6,6 +6,7 @@ The planted faults are what it does silently: saturation without VNNI, bfloat16,
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,6 @@ def test_weights_of_the_default_are_within_63(tiny_bundle: Bundle) -> None:
 
 
 def test_without_openvino_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(openvino_runtime, "available", lambda: False)
+    monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingToolError, match=r"pip install 'vdq-export\[openvino\]'"):
         openvino_runtime.compile_graph(tmp_path / "graph.onnx")

@@ -6,7 +6,6 @@ inputs of linears with 8- or 4-bit weights and float inputs at run time, 32 chan
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -14,15 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from vdq_export.errors import CompileError, MissingToolError
+from vdq_export import vendor_tool
+from vdq_export.errors import CompileError
 from vdq_export.graph import Array
 
 SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
-
-
-def available() -> bool:
-    """Whether openvino is installed here (it is not loaded by asking)."""
-    return importlib.util.find_spec("openvino") is not None
 
 
 def version() -> str:
@@ -68,11 +63,7 @@ def integer_layers(compiled: Any, layers: Iterable[str]) -> set[str]:
 
 
 def _package() -> Any:
-    if not available():
-        raise MissingToolError("openvino is not installed", hint="pip install 'vdq-export[openvino]'")
-    import openvino
-
-    return openvino
+    return vendor_tool.module("openvino", "openvino", "pip install 'vdq-export[openvino]'")
 
 
 def _reason(message: str) -> str:

@@ -18,11 +18,13 @@ from typing import Any
 
 import onnxruntime as ort
 
+from vdq_export import vendor_tool
 from vdq_export.errors import MissingToolError
 
 PROVIDER = "QNNExecutionProvider"
-_LOCK = threading.Lock()
+_TOOL = "onnxruntime-qnn"
 _CAPTURE = threading.RLock()
+_C_LIBRARY = "ucrtbase" if os.name == "nt" else None  # None: the one this process is linked to
 
 
 def available() -> bool:
@@ -35,15 +37,7 @@ def devices() -> list[Any]:
 
     For SessionOptions.add_provider_for_devices. Raises MissingToolError without the package, or where it cannot load.
     """
-    package = _package()
-    with _LOCK:
-        found = _registered()
-        if not found:
-            try:
-                ort.register_execution_provider_library(PROVIDER, package.get_library_path())
-            except Exception as error:  # onnxruntime's own errors have no common class
-                raise MissingToolError(f"onnxruntime-qnn does not load: {error}") from error
-            found = _registered()
+    found = vendor_tool.devices(PROVIDER, _package().get_library_path(), _TOOL)
     npu = [device for device in found if device.device.type == ort.OrtHardwareDeviceType.NPU]
     if not found:
         raise MissingToolError("onnxruntime-qnn is installed, but finds nothing to compile for")
@@ -70,7 +64,7 @@ def held_back(said: list[str]) -> Iterator[None]:
     """Redirect file descriptors 1 and 2, which the backend writes to past Python; the text is appended to `said`."""
     with _CAPTURE, tempfile.TemporaryFile() as catch:
         saved: list[tuple[int, int]] = []
-        flush: Any = ctypes.CDLL(None).fflush  # the backend's lines wait in C's buffers
+        flush: Any = ctypes.CDLL(_C_LIBRARY).fflush  # the backend's lines wait in C's buffers
         _flush_python()
         flush(None)
         try:
@@ -94,14 +88,6 @@ def _flush_python() -> None:
             stream.flush()
 
 
-def _registered() -> list[Any]:
-    return [device for device in ort.get_ep_devices() if device.ep_name == PROVIDER]
-
-
 def _package() -> ModuleType:
-    try:
-        return importlib.import_module("onnxruntime_qnn")
-    except ImportError as error:
-        raise MissingToolError(
-            "onnxruntime-qnn is not installed", hint="pip install 'vdq-export[qnn]' (Linux x86-64)"
-        ) from error
+    hint = "pip install 'vdq-export[qnn]' (Linux x86-64), or onnxruntime-qnn itself on a Snapdragon"
+    return vendor_tool.module("onnxruntime_qnn", _TOOL, hint)

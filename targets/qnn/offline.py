@@ -7,7 +7,6 @@ because graphs that share weights must be compiled by one process, one after the
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -76,6 +75,8 @@ def compile_offline(job: Job, folder: Path) -> Result:
 
 def run(job: Job) -> Result:
     """Compile every task in this process. Raises CompileError naming nodes that the HTP does not take."""
+    import resource  # not on Windows, where this process is never started but `compile --help` has to work
+
     from vdq_export.targets.qnn import hexagon
 
     options = {**hexagon.provider_options(job.arch), "soc_model": str(job.soc_model)}

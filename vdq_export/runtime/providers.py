@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-import importlib
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from vdq_export import qnn_provider
+from vdq_export import openvino_runtime, qnn_provider, vendor_tool
 from vdq_export.bundle import Bundle
 from vdq_export.errors import MissingToolError, UnknownNameError
 
@@ -28,10 +28,9 @@ DEFAULT_ARCH = "v75"
 # Set to 1, as bundles for the HTP want it on the CPU, the provider ends the process ("Expected to process N nodes").
 _QNN_ENTRIES = {"session.disable_quant_qdq": "0"}
 # Without it OpenVINO computes float parts in bfloat16 where the machine can, and rounds inputs of integer linears.
-_OPENVINO_CONFIG = '{"CPU": {"EXECUTION_MODE_HINT": "ACCURACY"}}'
+_OPENVINO_CONFIG = json.dumps({"CPU": openvino_runtime.SETTINGS})
 
 _greeted = threading.Event()
-_registering = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -111,31 +110,17 @@ def _openvino(bundle: Bundle) -> Backend:
     if OPENVINO in ort.get_available_providers():
         options = {"device_type": "CPU", "load_config": _OPENVINO_CONFIG}
         return Backend(((OPENVINO, options), CPU), entries={})
-    try:
-        plugin = importlib.import_module("onnxruntime_ep_openvino")
-    except ImportError as error:
-        raise MissingToolError(
-            "OpenVINO's provider for onnxruntime is not installed",
-            hint="pip install onnxruntime-ep-openvino (Intel devices), or onnxruntime-openvino in place of onnxruntime",
-        ) from error
-    name = plugin.get_ep_name()
-    with _registering:
-        if not _devices(name):
-            try:
-                ort.register_execution_provider_library(name, plugin.get_library_path())
-            except Exception as error:  # onnxruntime's own errors have no common class
-                raise MissingToolError(f"onnxruntime-ep-openvino does not load: {error}") from error
-    devices = [one for one in _devices(name) if one.device.type == ort.OrtHardwareDeviceType.CPU]
+    tool = "OpenVINO's provider for onnxruntime"
+    hint = "pip install onnxruntime-ep-openvino (Intel devices), or onnxruntime-openvino in place of onnxruntime"
+    plugin = vendor_tool.module("onnxruntime_ep_openvino", tool, hint)
+    found = vendor_tool.devices(plugin.get_ep_name(), plugin.get_library_path(), tool)
+    devices = [one for one in found if one.device.type == ort.OrtHardwareDeviceType.CPU]
     if not devices:
         raise MissingToolError(
             "onnxruntime-ep-openvino finds no CPU it supports: it lists Intel's only",
             hint="onnxruntime-openvino in place of onnxruntime takes others",
         )
     return Backend((), tuple(devices), {"load_config": _OPENVINO_CONFIG}, {})
-
-
-def _devices(name: str) -> list[Any]:
-    return [device for device in ort.get_ep_devices() if device.ep_name == name]
 
 
 RECIPES: dict[str, Callable[[Bundle], Backend]] = {"ort-qnn-ep": _qnn, "ort-openvino-ep": _openvino}
