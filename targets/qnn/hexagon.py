@@ -94,7 +94,7 @@ def strict_session(model: Path | bytes, options: Mapping[str, str], entries: Map
         if "fallback to CPU EP has been explicitly disabled" not in str(error):
             raise
         nodes = left_over(session(model, options, {}))  # a second time, now to be told which they are
-        raise _refused(nodes) from error
+        raise _refused(nodes, options["htp_arch"]) from error
 
 
 def assignment(session: ort.InferenceSession) -> dict[str, list[str]]:
@@ -110,11 +110,11 @@ def left_over(session: ort.InferenceSession) -> list[str]:
     return [node for provider, nodes in assignment(session).items() if provider != PROVIDER for node in nodes]
 
 
-def _refused(nodes: Sequence[str]) -> CompileError:
+def _refused(nodes: Sequence[str], arch: str) -> CompileError:
     more = f" and {len(nodes) - _NAMED} more" if len(nodes) > _NAMED else ""
     return CompileError(
         f"{len(nodes)} nodes do not run on the HTP: {', '.join(nodes[:_NAMED])}{more}",
-        hint="`vdq-export lint --for qnn` says why and what to change",
+        hint=f"`vdq-export lint --for qnn-v{arch}` says why and what to change",
     )
 
 

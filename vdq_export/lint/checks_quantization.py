@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import prod
 
 import numpy as np
 
@@ -147,7 +146,7 @@ class MatchingScales(Check, frozen=True, tag="matching_scales"):
     several: bool = False
 
     def unit(self, unit: Unit, scope: Scope) -> Iterator[str]:
-        if self.several and prod(unit.inputs[1].shape or ()) == 1:
+        if self.several and all(size == 1 for size in unit.inputs[1].shape or ()):
             return
         moved = [found for index in self.inputs if (found := _at(unit, index)) is not None]
         if len({_numbers(o) for o in (*moved, *unit.outputs) if o.encoding is not None}) > 1:
@@ -170,7 +169,7 @@ class BiasScale(Check, frozen=True, tag="bias_scale"):
         value, weight, found = (np.asarray(scale, np.float64).reshape(-1) for scale in scales)
         if found.size > 1 and weight.size not in (1, found.size):
             yield f"{found.size} bias scales for {weight.size} weight scales"
-        elif not np.allclose(found, value * weight, rtol=self.tolerance, atol=0):
+        elif value.size not in (1, found.size) or not np.allclose(found, value * weight, rtol=self.tolerance, atol=0):
             yield "the bias' scale is not input scale x weight scale"
 
 

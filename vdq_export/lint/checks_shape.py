@@ -131,10 +131,12 @@ class Broadcast(Check, frozen=True, tag="broadcast"):
     def unit(self, unit: Unit, scope: Scope) -> Iterator[str]:
         output = unit.outputs[0]
         read_by = [reader.op for reader in scope.view.readers(output) if reader.op in self.readers]
-        if not read_by or output.shape is None or len(output.shape) < -self.axis:
+        if not read_by or output.shape is None or not static(output.shape) or len(output.shape) < -self.axis:
             return
         for operand in unit.inputs:
             shape = _unexpanded(operand, scope)
+            if shape and not static(shape):
+                continue
             own = [1] * (len(output.shape) - len(shape)) + list(shape)
             behind = own[self.axis + 1]
             if own[self.axis] == 1 < output.shape[self.axis] and behind >= self.least and behind % self.multiple == 0:

@@ -97,7 +97,7 @@ class DynamicBlocks(Check, frozen=True, tag="dynamic_blocks"):
             yield "the axis is not given" if axis is None else f"blocks along axis {axis} of {rank}"
         if node.attrs.get("block_size") != self.block:
             yield f"blocks of {node.attrs.get('block_size')}, not {self.block}"
-        elif rank and axis is not None and shape[axis] % self.block:
+        elif rank and axis is not None and isinstance(shape[axis], int) and shape[axis] % self.block:
             yield f"{shape[axis]} values in blocks of {self.block}"
         if self.unit_input and not (len(node.inputs) > 1 and _is_scalar(node.inputs[1])):
             yield "its scale is no stored scalar"

@@ -44,8 +44,8 @@ class Encoding:
         """ "" per tensor, "/c" a scale per channel, "/b" a scale per block."""
         if self.block:
             return "/b"
-        scale = self.node.inputs[1]
-        return "/c" if scale.shape is not None and np.prod(scale.shape, dtype=int) > 1 else ""
+        shape = self.node.inputs[1].shape or ()
+        return "/c" if any(size != 1 for size in shape) else ""  # a size may be a name, "N"
 
     @property
     def code(self) -> str:
@@ -142,13 +142,13 @@ class View:
         yield from (self.by_node[id(n)] for n in value.inputs)
 
     def readers(self, operand: Operand) -> Iterator[Unit]:
-        """The units that read an output operand, through any Q and DQ."""
+        """The units that read an output operand, through any Q and DQ; not those inside an If or a Loop."""
         waiting: list[Value] = [operand.value]
         while waiting:
             for node in waiting.pop().outputs:
                 if node.op in (QUANTIZE, DEQUANTIZE):
                     waiting.append(node.outputs[0])
-                else:
+                elif id(node) in self.by_node:
                     yield self.by_node[id(node)]
 
 
