@@ -212,3 +212,11 @@ def test_a_missing_feed_is_said() -> None:
     graph, _ = chain(1)
     with pytest.raises(ModelError, match="no feed for the graph's input 'x'"):
         bisect(graph, {})
+
+
+def test_a_graph_without_operators_is_said() -> None:
+    graph, _ = chain(1)
+    graph.gs.outputs = list(graph.gs.inputs)
+    graph.cleanup()
+    with pytest.raises(ModelError, match="no operators"):
+        bisect(graph, {"x": np.zeros(1, np.float32)})

@@ -113,6 +113,17 @@ def test_cases_that_cannot_be_made_say_why(server: DemoServer, number: str, mess
     assert answer.status == 400 and message in data.decode()
 
 
+def test_a_sampler_without_that_case_is_no_broken_connection(
+    server: DemoServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> bytes:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(case, "make", missing)
+    answer, data = ask(server, "/case?number=7")
+    assert (answer.status, data) == (400, b"list index out of range")
+
+
 def test_a_case_arrives_as_it_was_made(server: DemoServer, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 

@@ -103,6 +103,16 @@ def test_a_linked_folder_is_refused(tmp_path: Path) -> None:
     assert names(tmp_path / "elsewhere") == []
 
 
+def test_nothing_is_removed_through_a_link(tmp_path: Path) -> None:
+    bundle = add(write(tmp_path / "out"), tmp_path)
+    (tmp_path / "out/contexts").rename(tmp_path / "elsewhere")
+    (tmp_path / "out/contexts").symlink_to(tmp_path / "elsewhere")
+    before = files(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="is a link"):
+        bundle.attach_files({}, clear=["contexts/v75/"])
+    assert files(tmp_path / "elsewhere") == before
+
+
 def test_a_bundle_that_was_replaced_meanwhile_is_refused(tmp_path: Path) -> None:
     bundle = write(tmp_path / "out")
     write(tmp_path / "out", force=True, group=2)

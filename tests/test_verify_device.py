@@ -297,6 +297,8 @@ def test_random_feeds_fill_the_ranges_of_the_inputs() -> None:
     assert made.keys() == feeds.keys()
     assert (made["x"].dtype, made["x"].shape) == (np.dtype("float32"), (4, 16, 32))
     assert 0.5 < made["x"].std() / feeds["x"].std() < 2
+    graph.gs.inputs[0].shape = []
+    assert random_feeds(graph)["x"].shape == ()
     graph.gs.inputs[0].shape = ["batch", 16, 32]
     with pytest.raises(ModelError, match="'x' has the shape"):
         random_feeds(graph)

@@ -71,7 +71,7 @@ def bisect(
     arch: of the emulator. run: another device than the emulator. label: how the result calls the graph. ceiling_db:
     agreement above which nothing counts. out: a folder for the suspect alone as NAME.onnx, with its feeds and the exact
     result in NAME.npz.
-    Raises ModelError when a feed is missing.
+    Raises ModelError when a feed is missing, and for a graph without operators.
     """
     start = time.perf_counter()
     search = _Search(graph, feeds, run or partial(_emulated, arch), ceiling_db)
@@ -101,6 +101,8 @@ class _Search:
     def __init__(self, graph: Graph, feeds: Mapping[str, Array], run: Runner, ceiling_db: float) -> None:
         self.graph = _named(graph)
         self.operators = operators(self.graph)
+        if not self.operators:
+            raise ModelError(f"{graph.gs.name}: the graph has no operators", hint="there is nothing to search")
         names = [str(one.name) for one in graph.gs.inputs]
         if missing := [name for name in names if name not in feeds]:
             raise ModelError(f"no feed for the graph's input {missing[0]!r}", hint=f"it takes {', '.join(names)}")

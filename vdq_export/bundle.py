@@ -99,6 +99,7 @@ class Bundle:
         for path in [*files, *clear]:
             if not safe_path(path.rstrip("/"), str(self.path)).startswith(ADDED):
                 raise BundleError(f"{path} cannot be changed", hint=f"only {' and '.join(ADDED)} may be added to")
+            refuse_links(self.path, self.path / path)  # before anything is written or removed through one
         current = self._unchanged()
         gone = [e.path for e in current.files if e.path.startswith(tuple(clear)) and e.path not in files]
         kept = tuple(e for e in current.files if e.path not in files and e.path not in gone)
@@ -134,7 +135,6 @@ class Bundle:
 
     def _put(self, path: str, source: bytes | Path) -> FileEntry:
         """Bring one file into its place; the manifest is the caller's."""
-        refuse_links(self.path, self.path / path)
         if isinstance(source, bytes):
             self._replace(path, source)
             return FileEntry(path=path, size=len(source), sha256=hashlib.sha256(source).hexdigest())

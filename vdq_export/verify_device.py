@@ -230,7 +230,7 @@ def random_feeds(graph: Graph, seed: int = 0) -> dict[str, Array]:
     """Inputs for a graph without a model: normal within the range of the quantizer behind an input; integers are 0."""
     random, feeds = np.random.default_rng(seed), {}
     for one in graph.gs.inputs:
-        shape = list(one.shape or [None])
+        shape = [None] if one.shape is None else list(one.shape)
         if not all(isinstance(size, int) for size in shape):
             raise ModelError(f"input {one.name!r} has the shape {shape}", hint="the device takes static shapes only")
         low, high = -3.0, 3.0

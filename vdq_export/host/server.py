@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             with self.server.lock:
                 data = case.make(self.server.bundle, self.server.sampler, int(number))
-        except (VdqError, ValueError) as error:
+        except (VdqError, ValueError, LookupError) as error:  # a sampler without such a case may raise either
             return self._answer(400, str(error).encode(), ".txt")
         return self._answer(200, data, ".safetensors")
 
