@@ -5,8 +5,8 @@
 
 A shape that was unknown because it depended on a constant (as of NonZero of a fixed mask) is inferred anew, which may
 make more constants. Exact: onnxruntime computes the values once, at export, with the kernels it would use at run time.
-Transposed weights are left to the `linear` pass, which makes views of them instead of copies, and nothing above
-LIMIT_BYTES is made.
+Transposed weights are left to the `linear` pass, which makes views of them instead of copies; nothing above LIMIT_BYTES
+is made, and nothing of weights that are not bound yet.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnx
 
 from vdq_export import ort
 from vdq_export.contract import PassContext, PassReport
-from vdq_export.graph import Array, Graph, Node, Value, is_constant
+from vdq_export.graph import Array, Graph, Node, Value, is_constant, is_unbound
 
 NAME = "fold_constants"
 AFTER: tuple[str, ...] = ()
@@ -100,7 +100,7 @@ def _foldable(graph: Graph, report: PassReport) -> list[Node]:
     known: set[int] = set()
     found = []
     for node in graph.nodes:
-        computed = [t for t in node.inputs if not is_constant(t) and not t.is_empty()]
+        computed = [t for t in node.inputs if not t.is_empty() and (not is_constant(t) or is_unbound(t))]
         if node.op in _NOT_REPEATABLE or not all(id(t) in known for t in computed) or _is_weight_transpose(node):
             continue
         size = sum(prod(o.shape) * 4 for o in node.outputs if o.shape and _is_static(o))

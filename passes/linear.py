@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
-from vdq_export.graph import Graph, Node, Value, is_constant
+from vdq_export.graph import Graph, Node, Value, is_constant, is_promise
 
 NAME = "linear"
 AFTER = ("fold_constants",)
@@ -51,7 +51,11 @@ def _transposed(graph: Graph, weight: Value) -> Value:
     """The constant holding weight.T, made once per weight and named after it once nothing reads the original."""
     name = f"{weight.name}.T"
     existing = graph.values().get(name)
-    return existing if existing is not None else graph.constant(name, weight.values.T)
+    if existing is not None:
+        return existing
+    if is_promise(weight):
+        return graph.derived(name, weight, np.transpose, weight.shape[::-1])
+    return graph.constant(name, weight.values.T)
 
 
 def _split_gemm(graph: Graph, node: Node) -> str | None:

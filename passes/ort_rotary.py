@@ -64,7 +64,7 @@ def _term(value: Value) -> tuple[Value, int, Array] | None:
     half = cut.inputs[0].shape[-1] // 2
     for index in (0, 1):
         if integers(cut.inputs[1]) == [index * half] and integers(cut.inputs[2]) == [(index + 1) * half]:
-            return cut.inputs[0], index, operand[1]
+            return cut.inputs[0], index, operand[1].values
     return None
 
 

@@ -104,7 +104,8 @@ def _linear_before(value: Value) -> tuple[Linear, Node | None] | str:
     gain, division = None, made_by(value, "Div")
     if (gained := made_by(value, "Mul")) is not None:
         fixed = constant_operand(gained)
-        gain, division = gained, made_by(fixed[0], "Div") if fixed and fixed[1].shape == (value.shape[-1],) else None
+        of_channels = fixed is not None and list(fixed[1].shape) == [value.shape[-1]]
+        gain, division = gained, made_by(fixed[0], "Div") if fixed and of_channels else None
     norm = [value, *(gain.inputs[:1] if gain else [])]
     if any(len(readers(t)) != 1 for t in norm) or (gain is not None and division is None):
         return f"{value.name} has other readers or is no norm of a linear"
@@ -122,11 +123,10 @@ def _linear_before(value: Value) -> tuple[Linear, Node | None] | str:
 
 def _reorder_channels(graph: Graph, rope: _Rope) -> None:
     """Evens before odds within each head, in everything that has the linear's output channels."""
-    heads, half = rope.split.outputs[0].shape[-3:-1]
-    order = np.arange(heads * half * 2).reshape(heads, half, 2).transpose(0, 2, 1).reshape(-1)
+    order = np.arange(rope.linear.shape[1]).reshape(rope.split.outputs[0].shape[-3:]).transpose(0, 2, 1).reshape(-1)
     for node in [n for n in (rope.linear.matmul, rope.linear.add, rope.gain) if n is not None]:
         index, old = next((i, t) for i, t in enumerate(node.inputs) if is_constant(t))
-        node.inputs[index] = graph.constant(graph.fresh(f"{old.name}.halves"), np.take(old.values.T, order, 0).T)
+        node.inputs[index] = graph.derived(graph.fresh(f"{old.name}.halves"), old, lambda v: np.take(v.T, order, 0).T)
 
 
 def _use_halves(graph: Graph, rope: _Rope) -> None:

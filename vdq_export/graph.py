@@ -5,7 +5,8 @@ A *linear* is, after the canonical passes, MatMul(x[..., K], W[K, N]) with an op
 
 Weights stay where they are: a Constant holds a numpy array that may be a view of a torch parameter or of a mapped file.
 `skeleton()` gives the graph without them (external-data placeholders) and the arrays beside it, so that nothing
-between trace and bundle ever copies the model.
+between trace and bundle ever copies the model. A graph traced without weights has their names, shapes and types only;
+bind() gives them.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from vdq_export.errors import PassError
+from vdq_export.errors import ModelError, PassError
+from vdq_export.external_data import FOUR_BIT, map_external, of_foreign_types, placeholder
 
 INLINE_BYTES = 1024  # smaller constants stay inside the .onnx file
-FOUR_BIT = ("int4", "uint4", "float4_e2m1fn")
 Array = np.ndarray[Any, Any]
 # graphsurgeon is untyped; these names say which of its objects is meant.
 Node: TypeAlias = Any
@@ -77,13 +78,13 @@ class Graph:
         self._taken: set[str] | None = None  # names in use or promised by fresh(); None: not collected yet
 
     @staticmethod
-    def from_proto(proto: onnx.ModelProto, arrays: Mapping[str, Array] | None = None, source: str = "") -> Graph:
-        """`arrays` supplies initializers whose data the proto leaves out."""
+    def from_proto(proto: onnx.ModelProto, arrays: Mapping[str, Any] | None = None, source: str = "") -> Graph:
+        """`arrays` supplies initializers whose data the proto leaves out: an Array or an Unbound each."""
         graph = gs.import_onnx(proto)
-        held = _of_foreign_types(proto) | dict(arrays or {})
+        held = of_foreign_types(proto) | dict(arrays or {})
         for name, tensor in graph.tensors().items():
             if name in held and isinstance(tensor, gs.Constant):
-                tensor.values = held[name]
+                tensor.values, tensor.data_location = held[name], None
         return Graph(graph, source)
 
     @staticmethod
@@ -93,21 +94,25 @@ class Graph:
         arrays = {}
         for tensor in proto.graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                arrays[tensor.name] = _map_external(tensor, path.parent)
+                arrays[tensor.name] = map_external(tensor, path.parent)
         return Graph.from_proto(proto, arrays)
 
     def skeleton(self) -> tuple[onnx.ModelProto, dict[str, Array]]:
-        """(proto with every large constant as an external-data placeholder, {name: array} of those constants)."""
+        """(proto with every large constant as an external-data placeholder, {name: array} of those constants).
+
+        Constants without values are placeholders too, and missing in the arrays.
+        """
         self.check()
         arrays: dict[str, Array] = {}
-        for tensor in self.constants():
+        swapped = [(t, t._values) for t in self.constants() if is_unbound(t)]
+        for tensor in [t for t in self.constants() if not is_unbound(t)]:
             # 4-bit constants go the same way whatever their size: graphsurgeon does not pack them.
             if tensor.values.nbytes >= INLINE_BYTES or tensor.values.dtype.name in FOUR_BIT:
                 arrays[tensor.name] = tensor.values
-        swapped = [(t, t.values) for t in self.constants() if t.name in arrays]
+                swapped.append((tensor, tensor.values))
         try:
             for tensor, values in swapped:
-                tensor.values = gs.ir.tensor.LazyValues(_placeholder(tensor.name, values))
+                tensor.values = gs.ir.tensor.LazyValues(placeholder(tensor.name, values))
             proto = gs.export_onnx(self.gs)
         finally:
             for tensor, values in swapped:
@@ -219,6 +224,13 @@ class Graph:
         self._take(name)
         return gs.Constant(name, np.asarray(values))
 
+    def derived(
+        self, name: str, source: Constant, change: Callable[[Array], Array], shape: Sequence[int] | None = None
+    ) -> Constant:
+        """A new constant change(source), held as a promise; shape: if it is not that of `source`."""
+        self._take(name)
+        return gs.Constant(name, _Promise(source._values, change, shape))
+
     def add_node(
         self,
         op: str,
@@ -297,10 +309,14 @@ def is_constant(tensor: Value) -> bool:
 
 
 class _Promise(gs.ir.tensor.LazyValues):  # type: ignore[misc]  # untyped there
-    """change(values), of the same shape and type, computed when it is read."""
+    """change(values) of `shape` and `dtype`, by default those of values, computed when it is read."""
 
-    def __init__(self, values: Any, change: Callable[[Array], Array]) -> None:
-        self.shape, self.dtype, self.nbytes = values.shape, np.dtype(values.dtype), values.nbytes
+    def __init__(
+        self, values: Any, change: Callable[[Array], Array], shape: Sequence[int] | None = None, dtype: Any = None
+    ) -> None:
+        self.shape = tuple(values.shape if shape is None else shape)
+        self.dtype = np.dtype(values.dtype if dtype is None else dtype)
+        self.nbytes = prod(self.shape) * self.dtype.itemsize
         self._values, self._change = values, change
 
     def load(self) -> Array:
@@ -308,6 +324,64 @@ class _Promise(gs.ir.tensor.LazyValues):  # type: ignore[misc]  # untyped there
         changed = self._change(values).astype(self.dtype, copy=False)
         release(values)
         return changed
+
+    def bound(self, tensors: Mapping[str, Array]) -> _Promise:
+        """The same promise over bound values; itself where there is nothing to bind."""
+        values = _bound(self._values, tensors)
+        return self if values is self._values else _Promise(values, self._change, self.shape, self.dtype)
+
+
+class Unbound(gs.ir.tensor.LazyValues):  # type: ignore[misc]  # untyped there
+    """Values of parameter `path`, which only bind() supplies."""
+
+    def __init__(self, path: str, shape: Sequence[int], dtype: Any) -> None:
+        self.path, self.shape, self.dtype = path, tuple(shape), np.dtype(dtype)
+        self.nbytes = prod(self.shape) * self.dtype.itemsize
+
+    def load(self) -> Array:
+        raise PassError(f"the graph was traced without weights and {self.path} is needed", hint="bind() them first")
+
+
+def is_promise(tensor: Constant) -> bool:
+    """Whether the values are computed, or supplied, later."""
+    return isinstance(tensor._values, _Promise | Unbound)
+
+
+def is_unbound(tensor: Constant) -> bool:
+    """Whether bind() has still to supply what the values are made of."""
+    values = tensor._values
+    while isinstance(values, _Promise):
+        values = values._values
+    return isinstance(values, Unbound)
+
+
+def bind(graph: Graph, tensors: Mapping[str, Array], *, source: str = "") -> None:
+    """Give a graph traced without weights its weights, in place: {parameter path: array of the parameter's shape}.
+
+    Arrays are not copied; those of another float type, as of a bfloat16 checkpoint, are converted each time they are
+    read. source: what Graph.source becomes. Copies of the graph stay as they were: experts share one trace.
+    Raises ModelError for a parameter that is missing or has another shape; the graph is then as it was.
+    """
+    bound = {id(c): (c, _bound(c._values, tensors)) for c in graph.constants() if is_unbound(c)}
+    for constant, values in bound.values():
+        constant.values = values
+    graph.source = source or graph.source
+
+
+def _bound(values: Any, tensors: Mapping[str, Array]) -> Any:
+    if isinstance(values, _Promise):
+        return values.bound(tensors)
+    if not isinstance(values, Unbound):
+        return values
+    if values.path not in tensors:
+        raise ModelError(f"no weight {values.path}", hint="the checkpoint is incomplete or of another model")
+    array = tensors[values.path]
+    if tuple(array.shape) != values.shape:
+        raise ModelError(
+            f"weight {values.path} is {tuple(array.shape)}, the model wants {values.shape}",
+            hint="config and checkpoint do not belong together",
+        )
+    return array if array.dtype == values.dtype else _Promise(array, np.asarray, dtype=values.dtype)
 
 
 def transform_lazily(weight: Constant, change: Callable[[Array], Array]) -> None:
@@ -322,37 +396,3 @@ def transform_lazily(weight: Constant, change: Callable[[Array], Array]) -> None
 def multiply_lazily(weight: Constant, factor: Array) -> None:
     """weight · factor (broadcast), held as a promise."""
     transform_lazily(weight, lambda values: values * factor.astype(values.dtype))
-
-
-def _placeholder(name: str, values: Array) -> onnx.TensorProto:
-    tensor = onnx.TensorProto(name=name, dims=values.shape, data_location=onnx.TensorProto.EXTERNAL)
-    tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
-    entry = tensor.external_data.add()
-    entry.key, entry.value = "location", "unset"
-    return tensor
-
-
-def _of_foreign_types(proto: onnx.ModelProto) -> dict[str, Array]:
-    """Constants inside the file whose types numpy does not have (float8, bfloat16, 4 bits): graphsurgeon reads them as
-    float32, and writes that."""
-    return {
-        tensor.name: onnx.numpy_helper.to_array(tensor)
-        for tensor in proto.graph.initializer
-        if tensor.data_location != onnx.TensorProto.EXTERNAL
-        and not onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).isbuiltin
-    }
-
-
-def _map_external(tensor: onnx.TensorProto, folder: Path) -> Array:
-    entries = {e.key: e.value for e in tensor.external_data}
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    if dtype.name in FOUR_BIT:  # two to a byte in the file, one in an array
-        unpacked: Array = onnx.numpy_helper.to_array(tensor, str(folder))
-        return unpacked
-    return np.memmap(
-        folder / entries["location"],
-        dtype=dtype,
-        mode="r",
-        offset=int(entries.get("offset", 0)),
-        shape=tuple(tensor.dims),
-    )

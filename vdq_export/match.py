@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import numpy as np
 
-from vdq_export.graph import Array, Node, Value, is_constant
+from vdq_export.graph import Node, Value, is_constant, is_unbound
 
 
 def made_by(value: Value, *ops: str) -> Node | None:
@@ -32,24 +34,24 @@ def other_input(node: Node, value: Value) -> Value | None:
     return others[0] if len(node.inputs) == 2 and len(others) == 1 else None
 
 
-def constant_operand(node: Node) -> tuple[Value, Array] | None:
-    """(computed operand, values of the constant one) of a two-input node that has one of each."""
+def constant_operand(node: Node) -> tuple[Value, Value] | None:
+    """(computed operand, constant one) of a two-input node that has one of each."""
     if len(node.inputs) != 2 or is_constant(node.inputs[0]) == is_constant(node.inputs[1]):
         return None
     computed, fixed = sorted(node.inputs, key=is_constant)
-    return computed, fixed.values
+    return computed, fixed
 
 
 def scalar(value: Value) -> float | None:
     """The number a one-element constant holds."""
-    if not is_constant(value) or value.values.size != 1:
+    if not is_constant(value) or prod(value.shape) != 1 or is_unbound(value):
         return None
     return float(np.asarray(value.values).reshape(()))
 
 
 def integers(value: Value) -> list[int] | None:
     """The entries of an integer constant, flattened."""
-    if not is_constant(value) or not np.issubdtype(value.values.dtype, np.integer):
+    if not is_constant(value) or not np.issubdtype(value.dtype, np.integer):
         return None
     return [int(v) for v in np.asarray(value.values).reshape(-1)]
 

@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from vdq_export.graph import FOUR_BIT, Array, Graph
+from vdq_export.external_data import FOUR_BIT
+from vdq_export.graph import Array, Graph
 
 
 def session(

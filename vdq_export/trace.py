@@ -25,13 +25,13 @@ from onnxscript.optimizer import fold_constants
 
 from vdq_export import ort
 from vdq_export.errors import TraceError
-from vdq_export.graph import INLINE_BYTES, Array, Graph
+from vdq_export.graph import INLINE_BYTES, Array, Graph, Unbound
 from vdq_export.model import Model, first_tensor
 
 OPSET = 21
 OUTPUT = "sample"
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_PREFIX = "network"  # attribute name of the wrapped module; stripped from every name
+PREFIX = "network"  # attribute name of the wrapped module; stripped from every name
 
 
 class _Wrapper(torch.nn.Module):
@@ -56,7 +56,7 @@ def trace(model: Model, *, tolerance: float = 1e-4) -> Graph:
         raise TraceError(f"{model.name} is {len(model.experts)} networks", hint="trace each of model.networks()")
     intermediate = to_onnx(model.name, model.module, model.example_inputs)
     tidy(intermediate)
-    graph = to_graph(intermediate, _detach_weights(intermediate), source=model.weight_hash())
+    graph = to_graph(intermediate, source=model.weight_hash())
     error = float_error(graph, model) if tolerance < math.inf else 0.0
     if not error <= tolerance:
         raise TraceError(
@@ -108,8 +108,9 @@ def tidy(intermediate: ir.Model) -> None:
     _name_by_module(intermediate)
 
 
-def to_graph(intermediate: ir.Model, arrays: Mapping[str, Array], source: str = "") -> Graph:
-    """The graph of a tidied model; `arrays` holds the initializers that it leaves out."""
+def to_graph(intermediate: ir.Model, source: str = "") -> Graph:
+    """The graph of a tidied model."""
+    arrays = _detach_weights(intermediate)
     proto = onnx.shape_inference.infer_shapes(ir.to_proto(intermediate), data_prop=True)
     graph = Graph.from_proto(proto, arrays, source=source)
     graph.cleanup()
@@ -117,7 +118,7 @@ def to_graph(intermediate: ir.Model, arrays: Mapping[str, Array], source: str = 
 
 
 def _reads_weights(node: ir.Node) -> bool:
-    return any(v is not None and v.is_initializer() and str(v.name).startswith(_PREFIX + ".") for v in node.inputs)
+    return any(v is not None and v.is_initializer() and str(v.name).startswith(PREFIX + ".") for v in node.inputs)
 
 
 def _mend(model: ir.Model) -> None:
@@ -168,11 +169,12 @@ def _module_path(node: ir.Node) -> str | None:
     if scopes is None:
         return None
     parts = [p.strip().strip("'\"") for p in scopes.strip("[]").split(",")] if isinstance(scopes, str) else list(scopes)
-    return _strip(parts[-2]) if len(parts) > 1 else ""
+    return strip(parts[-2]) if len(parts) > 1 else ""
 
 
-def _strip(name: str) -> str:
-    return "" if name == _PREFIX else name.removeprefix(_PREFIX + ".")
+def strip(name: str) -> str:
+    """The module path of what torch names by its place in the wrapper."""
+    return "" if name == PREFIX else name.removeprefix(PREFIX + ".")
 
 
 def _name_by_module(model: ir.Model) -> None:
@@ -190,8 +192,8 @@ def _name_by_module(model: ir.Model) -> None:
         taken[str(name)] = 1
     named: set[int] = set()
     for name, value in list(model.graph.initializers.items()):
-        if name.startswith(_PREFIX + "."):
-            value.name = unique(_strip(name))
+        if name.startswith(PREFIX + "."):
+            value.name = unique(strip(name))
             named.add(id(value))
     for node in model.graph:
         path = _module_path(node)
@@ -208,13 +210,22 @@ def _name_by_module(model: ir.Model) -> None:
                 named.add(id(operand))
 
 
-def _detach_weights(model: ir.Model) -> dict[str, Array]:
-    """Take large initializers out of the model: {name: array that shares the parameter's memory}."""
-    arrays: dict[str, Array] = {}
+def _detach_weights(model: ir.Model) -> dict[str, Array | Unbound]:
+    """Take large initializers out of the model: {name: array that shares the parameter's memory}.
+
+    One that is out already, named by its parameter's path, becomes Unbound.
+    """
+    arrays: dict[str, Array | Unbound] = {}
     for name, value in model.graph.initializers.items():
         tensor: Any = value.const_value
-        if tensor is None or tensor.nbytes < INLINE_BYTES:
-            continue
-        arrays[name] = tensor.numpy()
-        value.const_value = ir.ExternalTensor("unset", 0, 0, tensor.dtype, shape=tensor.shape, name=name)
+        if isinstance(tensor, ir.ExternalTensor):
+            arrays[name] = Unbound(str(tensor.name), tensor.shape.numpy(), tensor.dtype.numpy())
+        elif tensor is not None and tensor.nbytes >= INLINE_BYTES:
+            arrays[name] = tensor.numpy()
+            value.const_value = left_out(tensor, name)
     return arrays
+
+
+def left_out(tensor: Any, name: str) -> ir.ExternalTensor:
+    """Stands for `tensor` where its data is elsewhere."""
+    return ir.ExternalTensor("unset", 0, 0, tensor.dtype, shape=tensor.shape, name=name)

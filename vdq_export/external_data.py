@@ -1,0 +1,46 @@
+"""Initializers whose bytes are not where onnx keeps them: left out, mapped from a file, or of types numpy lacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+FOUR_BIT = ("int4", "uint4", "float4_e2m1fn")
+Array = np.ndarray[Any, Any]
+
+
+def placeholder(name: str, values: Array) -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name=name, dims=values.shape, data_location=onnx.TensorProto.EXTERNAL)
+    tensor.data_type = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+    entry = tensor.external_data.add()
+    entry.key, entry.value = "location", "unset"
+    return tensor
+
+
+def of_foreign_types(proto: onnx.ModelProto) -> dict[str, Array]:
+    """Constants inside the file whose types numpy does not have (float8, bfloat16, 4 bits): graphsurgeon reads them as
+    float32, and writes that."""
+    return {
+        tensor.name: onnx.numpy_helper.to_array(tensor)
+        for tensor in proto.graph.initializer
+        if tensor.data_location != onnx.TensorProto.EXTERNAL
+        and not onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).isbuiltin
+    }
+
+
+def map_external(tensor: onnx.TensorProto, folder: Path) -> Array:
+    entries = {e.key: e.value for e in tensor.external_data}
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    if dtype.name in FOUR_BIT:  # two to a byte in the file, one in an array
+        unpacked: Array = onnx.numpy_helper.to_array(tensor, str(folder))
+        return unpacked
+    return np.memmap(
+        folder / entries["location"],
+        dtype=dtype,
+        mode="r",
+        offset=int(entries.get("offset", 0)),
+        shape=tuple(tensor.dims),
+    )
