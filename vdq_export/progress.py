@@ -23,6 +23,9 @@ class Reporter:
     def note(self, text: str) -> None:
         """A line for people who want detail (-v)."""
 
+    def warn(self, text: str) -> None:
+        """A line that everybody should see who did not ask for silence."""
+
 
 class TerminalReporter(Reporter):
     """Progress bars on stderr where it is a terminal; notes there when verbose."""
@@ -30,7 +33,7 @@ class TerminalReporter(Reporter):
     def __init__(self, verbosity: int = 0) -> None:
         self._console = Console(file=sys.stderr, highlight=False)
         self._bars = verbosity >= 0 and self._console.is_terminal
-        self._verbose = verbosity > 0
+        self._verbose, self._quiet = verbosity > 0, verbosity < 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Advance]:
@@ -53,3 +56,7 @@ class TerminalReporter(Reporter):
     def note(self, text: str) -> None:
         if self._verbose:
             self._console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        if not self._quiet:
+            self._console.print(f"note: {text}", markup=False, soft_wrap=True)

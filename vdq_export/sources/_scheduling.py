@@ -1,0 +1,103 @@
+"""The scheduler of a pipeline folder: diffusers' own classes compute timesteps and steps, nothing is computed anew."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vdq_export.errors import ModelError
+from vdq_export.sources._weights import read_json
+
+KNOWN = (
+    "CogVideoXDDIMScheduler",
+    "CogVideoXDPMScheduler",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+# Of the published pipelines, for a transformer folder, which has none: class name of the transformer -> configuration.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "WanTransformer3DModel": {
+        "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+        "flow_shift": 3.0,
+    },
+    "CogVideoXTransformer3DModel": {
+        "_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "snr_shift_scale": 3.0,
+    },
+    "LTXVideoTransformer3DModel": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "base_image_seq_len": 1024,
+        "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1,
+    },
+}  # fmt: skip
+
+
+class Scheduler:
+    """A diffusers scheduler set to a number of steps. tokens: of the latent, for schedulers that shift by length.
+
+    Raises ModelError for a scheduler not known here, settings it refuses, and a shift it has no use for.
+    """
+
+    def __init__(self, config: Mapping[str, Any], origin: str, steps: int, shift: float | None, tokens: int) -> None:
+        self.name = str(config.get("_class_name"))
+        self.steps = steps
+        if self.name not in KNOWN:
+            raise ModelError(f"{origin}: scheduler {self.name!r} is not known here", hint=f"known: {', '.join(KNOWN)}")
+        import diffusers
+
+        kind = getattr(diffusers, self.name)
+        settings = {k: v for k, v in config.items() if not k.startswith("_") and k in kind._get_init_keys(kind)}
+        flows = self.name == "FlowMatchEulerDiscreteScheduler"
+        dynamic = bool(settings.get("use_dynamic_shifting"))
+        if shift is not None and not dynamic:
+            if not flows and not settings.get("use_flow_sigmas"):
+                raise ModelError(f"{origin}: {self.name} has no shift", hint="leave --shift out")
+            settings["shift" if flows else "flow_shift"] = shift
+        self._settings, self._kind, self._origin = settings, kind, origin
+        self._call = self._arguments(config, shift, tokens, flows) if dynamic else {"num_inference_steps": steps}
+        self.timesteps: torch.Tensor = self.fresh().timesteps
+
+    def fresh(self) -> Any:
+        """The scheduler at its first step."""
+        try:
+            made = self._kind.from_config(dict(self._settings))
+            made.set_timesteps(**self._call)
+        except Exception as error:  # what a class makes of settings that cannot be is its own affair
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ModelError(
+                f"{self._origin}: {self.name} refuses it at {self.steps} steps: {why}", hint="mend it or --steps"
+            ) from error
+        return made
+
+    @property
+    def horizon(self) -> float:
+        """The highest timestep there can be."""
+        return float(self.fresh().config.num_train_timesteps)
+
+    def _arguments(self, config: Mapping[str, Any], shift: float | None, tokens: int, flows: bool) -> dict[str, Any]:
+        """set_timesteps() of a scheduler that shifts by the latent's length, as LTX's pipeline calls it."""
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        mu = least + (most - least) * (tokens - low) / (high - low)
+        if shift is not None:  # sigma -> e^mu σ / (1 + (e^mu − 1) σ), or mu itself in its place
+            mu = shift if config.get("time_shift_type") == "linear" else math.log(shift)
+        if flows:
+            return {"sigmas": torch.linspace(1.0, 1 / self.steps, self.steps).tolist(), "mu": mu}
+        return {"num_inference_steps": self.steps, "mu": mu}
+
+
+def config_of(pipeline: Path | None, class_name: str) -> tuple[Mapping[str, Any], str]:
+    """(scheduler configuration, where it is from): the pipeline's, else the family's. Raises ModelError for neither."""
+    if pipeline is not None:
+        path = pipeline / "scheduler" / "scheduler_config.json"
+        return read_json(path), str(path)
+    if class_name not in DEFAULTS:
+        raise ModelError(
+            f"no scheduler of {class_name} is known", hint="give the pipeline folder, which has one, or --trajectories"
+        )
+    return DEFAULTS[class_name], f"default of {class_name}"

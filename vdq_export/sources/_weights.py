@@ -1,0 +1,209 @@
+"""A diffusers transformer from its folder: config.json says what it is, mapped safetensors hold its weights.
+
+The network is built without weights and each is bound by its module path, so nothing is loaded twice. No pickles, no
+code from the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+
+from vdq_export.errors import ModelError
+
+STEM = "diffusion_pytorch_model"
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A transformer with its weights. notes: what a person should know about how it was read."""
+
+    module: torch.nn.Module
+    class_name: str
+    config: dict[str, Any]
+    notes: tuple[str, ...]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ModelError naming the file."""
+    try:
+        # the standard library's reader: diffusers writes -Infinity into some configurations
+        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), dict[str, Any])
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} is missing", hint="give the whole folder, as save_pretrained() writes it") from error
+    except (ValueError, RecursionError, msgspec.ValidationError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", hint="restore the file it was saved as") from error
+
+
+def read(folder: Path) -> Network:
+    """The transformer in `folder`. Raises ModelError, naming the file, for whatever does not fit together."""
+    config = read_json(folder / "config.json")
+    kind = _class(config, folder / "config.json")
+    files = _files(folder)  # before the network is built: a missing shard is known at once
+    settings = {name: value for name, value in config.items() if not name.startswith("_")}
+    expected = kind._get_init_keys(kind)
+    unknown = sorted(settings.keys() - expected)
+    notes = (
+        [f"{folder / 'config.json'}: {kind.__name__} does not know {', '.join(unknown)}; ignored"] if unknown else []
+    )
+    try:
+        with _without_weights():
+            module: torch.nn.Module = kind.from_config({k: v for k, v in settings.items() if k in expected})
+    except Exception as error:  # what a class makes of settings that cannot be is its own affair
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(
+            f"{folder / 'config.json'}: {kind.__name__} cannot be built from it: {why}", hint="restore the file"
+        ) from error
+    notes += _bind(module, files, folder, getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ())
+    return Network(module, kind.__name__, config, tuple(notes))
+
+
+def _class(config: Mapping[str, Any], path: Path) -> Any:
+    """The class a config names, of the installed diffusers."""
+    import diffusers.models.transformers as transformers
+
+    if "auto_map" in config:
+        raise ModelError(
+            f"{path} asks for code of its own (auto_map), which is never run",
+            hint="write a factory and give package.module:factory",
+        )
+    if "quantization_config" in config:
+        raise ModelError(f"{path} describes quantized weights", hint="give the original, unquantized model")
+    name = config.get("_class_name")
+    known = sorted(n for n in dir(transformers) if n.endswith("Transformer3DModel"))
+    if name not in known:
+        near = get_close_matches(str(name), known, n=3, cutoff=0.5) or known
+        raise ModelError(
+            f"{path}: _class_name {name!r} is no video transformer of the installed diffusers",
+            hint=f"*Transformer3DModel classes are taken: {', '.join(near)}",
+        )
+    return getattr(transformers, name)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it, from the index of the shards or the one file's header."""
+    index = folder / f"{STEM}.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ModelError(f"{index} has no weight_map", hint="restore the file it was saved as")
+        if outside := sorted({name for name in weight_map.values() if Path(name).name != name}):
+            raise ModelError(f"{index} names a file outside its folder: {outside[0]}", hint="restore the index")
+        for shard in sorted(set(weight_map.values())):
+            if not (folder / shard).is_file():
+                raise ModelError(f"{folder / shard} is missing, a shard that {index.name} names", hint="fetch it again")
+        return {name: folder / shard for name, shard in weight_map.items()}
+    only = folder / f"{STEM}.safetensors"
+    found = [only] if only.is_file() else sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        with _opened(found[0]) as handle:
+            return dict.fromkeys(handle.keys(), found[0])
+    if found:
+        raise ModelError(
+            f"{folder} has {len(found)} safetensors files and no {index.name}", hint=f"keep one, as {only.name}"
+        )
+    if pickles := sorted(p.name for pattern in _PICKLED for p in folder.glob(pattern)):
+        raise ModelError(
+            f"{folder}: {pickles[0]} is a pickled checkpoint, which can run code when it is loaded, and is refused",
+            hint="convert the weights to .safetensors",
+        )
+    raise ModelError(f"{folder} has no weights: {only.name} is missing", hint="fetch it again")
+
+
+def _bind(module: torch.nn.Module, files: Mapping[str, Path], folder: Path, optional: Iterator[str] | Any) -> list[str]:
+    """Give every parameter and saved buffer its tensor. Headers are compared with the config before any is read."""
+    wanted = module.state_dict()
+    files = {name: file for name, file in files.items() if name in wanted or not _matches(name, optional)}
+    if missing := sorted(wanted.keys() - files.keys()):
+        raise ModelError(
+            f"{folder}: tensor {missing[0]} is missing{_others(missing)}",
+            hint="the weights and config.json do not match",
+        )
+    if extra := sorted(files.keys() - wanted.keys()):
+        raise ModelError(
+            f"{files[extra[0]]}: tensor {extra[0]} is unexpected{_others(extra)}",
+            hint="the weights and config.json do not match",
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    cast = dict[str, int]()
+    for file in sorted(set(files.values())):
+        with _opened(file) as handle:
+            held = set(handle.keys())
+            for name in sorted(n for n, f in files.items() if f == file):
+                if name not in held:
+                    raise ModelError(f"{file}: tensor {name} is missing", hint="the index and this shard do not match")
+                stored, kind = _checked(handle, name, wanted[name], file)
+                tensors[name] = stored
+                if kind:
+                    cast[kind] = cast.get(kind, 0) + 1
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return [
+        f"{folder}: {count} tensors of {kind} are computed in float32, as every CPU kernel here does"
+        for kind, count in sorted(cast.items())
+    ]
+
+
+def _checked(handle: Any, name: str, wanted: torch.Tensor, file: Path) -> tuple[torch.Tensor, str]:
+    """(a tensor as the network takes it, the type it was cast from or "")."""
+    header = handle.get_slice(name)
+    shape, dtype = tuple(header.get_shape()), str(header.get_dtype())
+    if shape != tuple(wanted.shape):
+        raise ModelError(
+            f"{file}: tensor {name} has shape {list(shape)}, config.json says {list(wanted.shape)}",
+            hint="the weights and config.json do not match",
+        )
+    if wanted.is_floating_point() and dtype not in _FLOATS:
+        raise ModelError(
+            f"{file}: tensor {name} is of type {dtype}, where the model has floating-point weights",
+            hint=f"save the unquantized weights as one of {', '.join(_FLOATS)}",
+        )
+    tensor = handle.get_tensor(name)
+    if not wanted.is_floating_point():
+        if tensor.dtype != wanted.dtype:
+            raise ModelError(f"{file}: tensor {name} is of type {dtype}, not {wanted.dtype}", hint="restore the file")
+        return tensor, ""
+    return tensor.float(), "" if dtype == "F32" else str(tensor.dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as handle:  # mapped: tensors are read when they are used
+            yield handle
+    except SafetensorError as error:
+        raise ModelError(f"{file} is no whole safetensors file: {error}", hint="fetch it again") from error
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Parameters that modules make meanwhile have shapes and no memory; buffers (rotary tables) are real."""
+    register = torch.nn.Module.register_parameter
+
+    def shape_only(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
+        register(self, name, None if param is None else torch.nn.Parameter(param.to("meta"), param.requires_grad))
+
+    torch.nn.Module.register_parameter = shape_only  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _matches(name: str, patterns: Any) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _others(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
