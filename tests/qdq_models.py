@@ -157,9 +157,3 @@ def _measured(array: Array, axis: int | None, block: int) -> Array:
         found: Array = magnitude.max(tuple(i for i in range(array.ndim) if i != axis))
         return found
     return np.stack([part.max(axis) for part in np.split(magnitude, array.shape[axis] // block, axis)], axis)
-
-
-def sqnr_db(reference: Array, other: Array) -> float:
-    """Signal over error in dB."""
-    error = float(np.square(reference.astype(np.float64) - other).sum())
-    return float(10 * np.log10(max(float(np.square(reference.astype(np.float64)).sum()), 1e-30) / max(error, 1e-30)))

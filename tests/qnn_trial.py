@@ -17,15 +17,16 @@ from typing import NamedTuple
 import onnx
 from onnx.reference import ReferenceEvaluator
 
-from tests.qdq_models import Array, sqnr_db
+from tests.qdq_models import Array
 from vdq_export.errors import CompileError
+from vdq_export.metrics import bounded_sqnr_db
 from vdq_export.targets.qnn import hexagon
 
 NATIVE, FLOATS = 3, (562, 534)  # in the backend's JSON: a tensor inside the graph; float32 and float16
 
 
 class Outcome(NamedTuple):
-    """sqnr_db: emulator against the reference evaluator, worst output; floats: values inside the graph left float."""
+    """sqnr_db: emulator against reference evaluator, worst output; floats: values inside the graph left float."""
 
     refused: str = ""
     sqnr_db: float = 0.0
@@ -54,7 +55,7 @@ def _outcome(model: bytes, feeds: dict[str, Array], arch: str) -> Outcome:
             return Outcome(refused=str(error))
         floats = sum(_float_values(path) for path in Path(folder).glob("*.json"))
     expected = ReferenceEvaluator(onnx.load_from_string(model)).run(None, feeds)
-    return Outcome(sqnr_db=min(map(sqnr_db, expected, session.run(None, feeds))), floats=floats)
+    return Outcome(sqnr_db=min(map(bounded_sqnr_db, expected, session.run(None, feeds))), floats=floats)
 
 
 def _float_values(dump: Path) -> int:

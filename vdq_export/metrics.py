@@ -84,8 +84,12 @@ def decibels(signal: float, noise: float) -> float:
 
 def bounded_sqnr_db(reference: ArrayLike, other: ArrayLike) -> float:
     """sqnr_db within ±LIMIT_DB, for JSON, which has no infinity; -LIMIT_DB when `other` holds NaN."""
-    found = sqnr_db(reference, other)
-    return -LIMIT_DB if np.isnan(found) else float(np.clip(found, -LIMIT_DB, LIMIT_DB))
+    return bounded(sqnr_db(reference, other))
+
+
+def bounded(found_db: float) -> float:
+    """Decibels within ±LIMIT_DB; -LIMIT_DB for NaN."""
+    return -LIMIT_DB if np.isnan(found_db) else float(np.clip(found_db, -LIMIT_DB, LIMIT_DB))
 
 
 def _window_mean(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -25,13 +25,13 @@ class TargetSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     activation_dtype, weight_dtype: bits -> ONNX integer type. weight_qmax: largest |q| of a weight (63 where the
     kernel's 16-bit pair sum would saturate). scale_span: the largest over the smallest weight scale that a layer may
-    have; 0: any. integer: (activation, weight) types that one kernel multiplies; the
-    others run dequantized. groups: weight group sizes; weights of `group_only` bits exist in groups alone. grids:
-    number formats of recipes it has; refused: why it lacks others. pairs: (weights, activations) it multiplies, named
-    "int8", "int4", "fp8" …, or "float"; (): any. symmetric_activations: zero points are 0. dynamic: may compute
-    statistics at run time. min_rows: linears over fewer rows stay float. hand_off: standard ops only, for another
-    toolchain. every_operator: values between linears are quantized too (QuantPlan.values). default_activations: bits
-    of activations unless the caller says otherwise; 0: the recipe's.
+    have; 0: any. integer: (activation, weight) types that one kernel multiplies; the others run dequantized. groups:
+    weight group sizes; weights of `group_only` bits exist in groups alone. grids: number formats of recipes it has;
+    refused: why it lacks others. pairs: (weights, activations) it multiplies, named "int8", "int4", "fp8" …, or
+    "float"; (): any. symmetric_activations: zero points are 0. dynamic: may compute statistics at run time. min_rows:
+    linears over fewer rows stay float. hand_off: for another toolchain, so handoff/ is written. every_operator: values
+    between linears are quantized too (QuantPlan.values). default_activations: bits of activations unless the caller
+    says otherwise; 0: the recipe's.
     """
 
     name: str

@@ -192,21 +192,8 @@ def _verdict(
     ]
     if kernels.planned and kernels.executed / kernels.planned < thresholds.min_integer_coverage:
         failures.append(f"{len(floating)} of {kernels.planned} planned linears run in float: {', '.join(floating[:5])}")
-    psnr, scores = None, None
-    if made.reference:
-        psnr = made.mean_psnr_db()
-        if psnr < thresholds.min_psnr_db:
-            worst = _worst(layers)
-            failures.append(f"clips: PSNR {psnr:.1f} dB is below {thresholds.min_psnr_db:g}; weakest: {worst}")
-        scores = judge_clips(model, made)
-    if scores is not None:
-        for measure, before in scores.float_.items():
-            drop = before - scores.quantized[measure]
-            if drop > thresholds.max_judge_drop + 1e-9:
-                failures.append(
-                    f"judge: {measure} fell by {drop:.3f}, allowed {thresholds.max_judge_drop:g}; "
-                    f"weakest: {_worst(layers)}"
-                )
+    psnr, scores, worse = judge_clips(model, made, thresholds, layers)
+    failures += worse
     return VerifyReport(
         verdict="fail" if failures else "pass",
         bundle_bytes=bundle.size,
@@ -218,12 +205,30 @@ def _verdict(
     )
 
 
-def judge_clips(model: Model, made: Clips) -> JudgeScores | None:
-    """The judge's scores of both sets of clips; None for a model without a judge."""
+def judge_clips(
+    model: Model, made: Clips, thresholds: VerifyRecipe, layers: Sequence[LayerQuality], where: str = "clips"
+) -> tuple[float | None, JudgeScores | None, list[str]]:
+    """(mean PSNR, the judge's scores of both sets of clips, what misses a threshold, one line each).
+
+    None where no clips were made; no scores for a model without a judge. layers: the weakest is named.
+    """
+    if not made.reference:
+        return None, None, []
+    failures = []
+    psnr = made.mean_psnr_db()
+    if psnr < thresholds.min_psnr_db:
+        failures.append(f"{where}: PSNR {psnr:.1f} dB is below {thresholds.min_psnr_db:g}; weakest: {_worst(layers)}")
     if model.judge is None:
-        return None
+        return psnr, None, failures
     cases = range(len(made.reference))
-    return JudgeScores(float_=model.judge(made.reference, cases), quantized=model.judge(made.quantized, cases))
+    scores = JudgeScores(float_=model.judge(made.reference, cases), quantized=model.judge(made.quantized, cases))
+    for measure, before in scores.float_.items():
+        drop = before - scores.quantized[measure]
+        if drop > thresholds.max_judge_drop + 1e-9:
+            failures.append(
+                f"judge: {measure} fell by {drop:.3f}, allowed {thresholds.max_judge_drop:g}; weakest: {_worst(layers)}"
+            )
+    return psnr, scores, failures
 
 
 def _worst(layers: Sequence[LayerQuality]) -> str:

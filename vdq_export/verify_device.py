@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -24,7 +25,7 @@ from vdq_export.bundle import Bundle
 from vdq_export.errors import CompileError, ModelError
 from vdq_export.graph import Array, Graph
 from vdq_export.graph_cut import quantizer, settled
-from vdq_export.metrics import LIMIT_DB, bounded_sqnr_db, decibels
+from vdq_export.metrics import LIMIT_DB, bounded, bounded_sqnr_db, decibels
 from vdq_export.model import Model, Step
 from vdq_export.plan import Bin, QuantPlan
 from vdq_export.progress import Reporter
@@ -33,12 +34,12 @@ from vdq_export.report.device import Bisection, DeviceBin, DeviceReport
 from vdq_export.runtime.engine import Engine
 from vdq_export.runtime.families import Family, alone
 from vdq_export.runtime.probes import Probes
+from vdq_export.runtime.providers import CPU
 from vdq_export.runtime.transformer import Transformer
 from vdq_export.targets.qnn import dump, hexagon
 from vdq_export.trace import OUTPUT
 from vdq_export.verify import Clips, judge_clips
 
-CPU = "CPUExecutionProvider"
 # Device and exact evaluator agree to a thousandth of the output: no bin fails by what is left, even where quantization
 # costs next to nothing. Below 51 dB against float the margin alone decides.
 NEGLIGIBLE_DB = 60.0
@@ -230,7 +231,7 @@ def random_feeds(graph: Graph, seed: int = 0) -> dict[str, Array]:
     """Inputs for a graph without a model: normal within the range of the quantizer behind an input; integers are 0."""
     random, feeds = np.random.default_rng(seed), {}
     for one in graph.gs.inputs:
-        shape = [None] if one.shape is None else list(one.shape)
+        shape: list[Any] = [None] if one.shape is None else list(one.shape)
         if not all(isinstance(size, int) for size in shape):
             raise ModelError(f"input {one.name!r} has the shape {shape}", hint="the device takes static shapes only")
         low, high = -3.0, 3.0
@@ -281,15 +282,8 @@ def _verdict(
 ) -> VerifyReport:
     thresholds = bundle.plans[0].recipe.verify
     failures = [line for one in device.bins for line in bin_failures(one)]
-    psnr, scores = None, None
-    if made.reference:
-        psnr, scores = made.mean_psnr_db(), judge_clips(model, made)
-        if psnr < thresholds.min_psnr_db:
-            failures.append(f"clips on the device: PSNR {psnr:.1f} dB is below {thresholds.min_psnr_db:g}")
-    if scores is not None:
-        for measure, before in scores.float_.items():
-            if before - scores.quantized[measure] > thresholds.max_judge_drop + 1e-9:
-                failures.append(f"judge: {measure} fell from {before:.3f} to {scores.quantized[measure]:.3f}")
+    psnr, scores, worse = judge_clips(model, made, thresholds, layers, "clips on the device")
+    failures += worse
     return VerifyReport(
         verdict="fail" if failures else "pass",
         bundle_bytes=bundle.size,
@@ -319,5 +313,4 @@ def _energy(values: Array) -> float:
 
 
 def _db(signal: float, noise: float) -> float:
-    found = decibels(signal, noise)
-    return -LIMIT_DB if np.isnan(found) else float(np.clip(found, -LIMIT_DB, LIMIT_DB))
+    return bounded(decibels(signal, noise))
