@@ -200,4 +200,4 @@ def fix(network: Network, fixed: Mapping[str, Any]) -> None:
     from functools import partial
 
     if fixed:
-        network.module.forward = partial(network.module.forward, **fixed)  # type: ignore[method-assign]
+        network.module.forward = partial(network.module.forward, **fixed)

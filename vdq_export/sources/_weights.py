@@ -128,7 +128,7 @@ def _bind(module: torch.nn.Module, files: Mapping[str, Path], folder: Path, opti
     files = {name: file for name, file in files.items() if name in wanted or not _matches(name, optional)}
     if missing := sorted(wanted.keys() - files.keys()):
         raise ModelError(
-            f"{folder}: tensor {missing[0]} is missing{_others(missing)}",
+            f"{_source(folder)}: tensor {missing[0]} is missing{_others(missing)}",
             hint="the weights and config.json do not match",
         )
     if extra := sorted(files.keys() - wanted.keys()):
@@ -199,6 +199,12 @@ def _without_weights() -> Iterator[None]:
         yield
     finally:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _source(folder: Path) -> Path:
+    """The file that lists a folder's tensors."""
+    index = folder / f"{STEM}.safetensors.index.json"
+    return index if index.is_file() else next(iter(sorted(folder.glob("*.safetensors"))), folder)
 
 
 def _matches(name: str, patterns: Any) -> bool:

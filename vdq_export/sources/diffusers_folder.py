@@ -178,7 +178,8 @@ def _check_prompts(prompts: list[_denoise.Prompt], call: _shapes.Call, guidance:
     found = prompts[0]["cond"]["encoder_hidden_states"].shape[2]
     if found != call.text[2]:
         raise ModelError(
-            f"{origin}: embeddings are {found} wide, the model takes {call.text[2]}", hint="whose are they?"
+            f"{origin}: embeddings are {found} wide, the model takes {call.text[2]}",
+            hint="make them with its own encoder",
         )
     if guidance > 1 and "encoder_hidden_states" not in prompts[0]["uncond"]:
         raise ModelError(f"{origin} has no negative_prompt_embeds", hint="guidance needs them; or --guidance 1")
