@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from vdq_export.graph import is_constant
+from vdq_export.graph_cut import QUANTIZE
 from vdq_export.lint.checks import Check, Hit, Scope
-from vdq_export.lint.view import QUANTIZE, Unit
+from vdq_export.lint.view import Unit
 
 
 class QuantizedTo(Check, frozen=True, tag="quantized_to"):

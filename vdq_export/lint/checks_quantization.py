@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from vdq_export.graph_cut import DEQUANTIZE, QUANTIZE
 from vdq_export.lint import signature
 from vdq_export.lint.checks import Check, Hit, Scope
-from vdq_export.lint.view import DEQUANTIZE, QUANTIZE, Operand, Unit
+from vdq_export.lint.view import Operand, Unit
 
 _FLOATS = ("f32", "f16", "bf16", "f64")
 

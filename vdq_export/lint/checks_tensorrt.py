@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vdq_export.graph import Node, Value, is_constant
+from vdq_export.graph_cut import QUANTIZE, source
 from vdq_export.lint.checks import Check, Hit, Scope
-from vdq_export.lint.view import DEQUANTIZE, QUANTIZE, Encoding, Unit, op_name, plain_code
+from vdq_export.lint.view import Encoding, Unit, op_name, plain_code
 
 _FLOATS = ("f32", "f16", "bf16")
 _WIDTHS = {"s8": "int8", "f8e4m3": "fp8"}
@@ -105,10 +106,7 @@ class DynamicBlocks(Check, frozen=True, tag="dynamic_blocks"):
 
 def _is_weight(node: Node) -> bool:
     """Whether what a Q or DQ handles is stored in the file."""
-    value = node.inputs[0]
-    while not is_constant(value) and value.inputs and value.inputs[0].op in (QUANTIZE, DEQUANTIZE):
-        value = value.inputs[0].inputs[0]
-    return is_constant(value)
+    return is_constant(source(node.inputs[0]))
 
 
 def _by_operator(node: Node) -> bool:

@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 
 from vdq_export.graph import Array, Graph, Node, Value, is_constant
+from vdq_export.graph_cut import DEQUANTIZE, QUANTIZE, operators, source
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 CODES = {
     "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int64": "i64", "int32": "i32",
     "bool": "bool", "float8_e4m3fn": "f8e4m3", "float8_e5m2": "f8e5m2", "float4_e2m1fn": "f4e2m1",
@@ -122,8 +122,7 @@ class View:
     def units(self) -> list[Unit]:
         return [
             Unit(n, tuple(map(_input, n.inputs)), tuple(map(_output, self._read(n.outputs))))
-            for n in self.graph.nodes
-            if n.op not in (QUANTIZE, DEQUANTIZE)
+            for n in operators(self.graph)
         ]
 
     def _read(self, outputs: Sequence[Value]) -> list[Value]:
@@ -136,10 +135,7 @@ class View:
 
     def makers(self, operand: Operand) -> Iterator[Unit]:
         """The unit that computes an input operand, through any Q and DQ."""
-        value = operand.value
-        while value.inputs and value.inputs[0].op in (QUANTIZE, DEQUANTIZE):
-            value = value.inputs[0].inputs[0]
-        yield from (self.by_node[id(n)] for n in value.inputs)
+        yield from (self.by_node[id(n)] for n in source(operand.value).inputs)
 
     def readers(self, operand: Operand) -> Iterator[Unit]:
         """The units that read an output operand, through any Q and DQ; not those inside an If or a Loop."""
