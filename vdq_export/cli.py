@@ -48,6 +48,7 @@ _COMMANDS = {
     "serve-demo": ("serve_demo", "serve_demo_command"),
     "recipes": ("catalogue", "recipes_command"),
     "targets": ("catalogue", "targets_command"),
+    "families": ("catalogue", "families_command"),
 }
 
 

@@ -1,4 +1,4 @@
-"""vdq-export recipes | targets: what there is to choose from."""
+"""vdq-export recipes | targets | families: what there is to choose from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from vdq_export import recipe, targets
+from vdq_export import families, recipe, targets
 from vdq_export.commands.options import machine_readable
 
 
@@ -42,3 +42,17 @@ def targets_command(name: str | None, as_json: bool) -> None:
         for row in spec.table:
             table.add_row(row.subject, "yes" if row.supported else "no", row.detail, row.source)
         console.print(table)
+
+
+@click.command("families")
+@machine_readable
+def families_command(as_json: bool) -> None:
+    """List the video transformers of the installed diffusers and what is known of each."""
+    known = families.support()
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(known)).decode())
+        return
+    table = Table("family", "class in diffusers", "support", "detail", "published", box=None)
+    for one in known:
+        table.add_row(one.name, one.class_name, one.support, one.detail, ", ".join(one.published))
+    Console().print(table)

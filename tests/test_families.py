@@ -1,0 +1,96 @@
+"""The registry of families: published sizes, how each network is called, and the printed support matrix."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import diffusers.models.transformers as transformers
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tests.families import FAMILIES as TINY
+from vdq_export import families
+from vdq_export.cli import cli
+from vdq_export.errors import ModelError
+from vdq_export.families import Family, Published
+from vdq_export.model import first_tensor
+
+PUBLISHED = [(family, one) for family in families.FAMILIES for one in family.published]
+
+
+def without_data(family: Family, settings: dict[str, Any]) -> torch.nn.Module:
+    with torch.device("meta"):
+        made: torch.nn.Module = families.classes()[family.class_name](**settings)
+    return made
+
+
+@pytest.mark.parametrize(("family", "one"), PUBLISHED, ids=lambda value: getattr(value, "name", None))
+def test_published_configurations_have_the_published_size(family: Family, one: Published) -> None:
+    network = without_data(family, dict(one.settings))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    assert parameters == pytest.approx(one.parameters, abs=0.5e6)  # published to a million
+    assert sum(isinstance(module, torch.nn.Linear) for module in network.modules()) == one.linears
+
+
+def test_a_wrong_configuration_is_seen() -> None:
+    family, one = PUBLISHED[0]
+    network = without_data(family, {**one.settings, "num_layers": 29})
+    assert sum(p.numel() for p in network.parameters()) != pytest.approx(one.parameters, abs=0.5e6)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name != "CogVideoX-rotary"])
+def test_every_family_is_called_as_its_network_wants(name: str) -> None:
+    """The network of the tiny configuration, called with what its configuration says."""
+    network: Any = TINY[name]().module
+    family = families.find(type(network).__name__)
+    assert family is not None
+    made: Any = type(network).from_config(dict(network.config)).eval()
+    size = (4, 8, 8) if name == "Latte" else (3, 8, 8)
+    inputs, fixed = families.example_inputs(family, made.config, size, text_tokens=8)
+    with torch.no_grad():
+        output = first_tensor(made(**inputs, **fixed))
+    assert torch.isfinite(output).all()
+    channels = made.config.out_channels or made.config.in_channels
+    layouts = {"CTHW": (channels, *size), "TCHW": (size[0], channels, *size[1:]), "tokens": (prod(size), channels)}
+    assert tuple(output.shape) == (1, *layouts[family.layout])
+
+
+def test_rotary_tables_from_outside_are_asked_for() -> None:
+    network: Any = TINY["CogVideoX-rotary"]().module
+    family = families.find(type(network).__name__)
+    assert family is not None
+    with pytest.raises(ModelError, match=r"image_rotary_emb.*pipeline"):
+        families.example_inputs(family, network.config, (3, 8, 8))
+
+
+def test_latent_size() -> None:
+    wan = families.find("WanTransformer3DModel")
+    assert wan is not None
+    assert wan.latent_size(*wan.video) == (21, 60, 104)
+
+
+def test_the_matrix_has_every_class_of_the_release_once() -> None:
+    result = CliRunner().invoke(cli, ["families", "--json"])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    listed = [row["class_name"] for row in rows]
+    source = "".join(p.read_text(encoding="utf-8") for p in Path(transformers.__path__[0]).glob("*.py"))
+    assert sorted(listed) == sorted(name for name in families.classes() if f"class {name}(" in source)
+    assert len(listed) == source.count("Transformer3DModel(\n") + source.count("Transformer3DModel(ModelMixin")
+    assert len({row["name"] for row in rows}) == len(rows)
+    by_class = {row["class_name"]: row for row in rows}
+    assert by_class["WanTransformer3DModel"]["support"] == "registered"
+    assert "Wan2.1-T2V-1.3B" in by_class["WanTransformer3DModel"]["published"]
+    assert by_class["ChronoEditTransformer3DModel"]["support"] == "generic"
+    assert by_class["AnyFlowTransformer3DModel"]["support"] == "unsupported"
+    assert "r_timestep" in by_class["AnyFlowTransformer3DModel"]["detail"]
+
+
+def test_the_matrix_is_printed() -> None:
+    result = CliRunner().invoke(cli, ["families"])
+    assert result.exit_code == 0
+    assert all(word in result.output for word in ("HunyuanVideo", "registered", "generic", "unsupported"))
