@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import full_disk
 from tests.tiny_bundle import WEIGHT, files, fill, graph, names, write
 from vdq_export import bundle_writer
 from vdq_export.bundle import Bundle
@@ -36,22 +36,11 @@ def test_forgetting_to_commit_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_at_any_flush_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls, limit = os.fsync, 0, 0
-
-    def fsync(handle: int) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > limit:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(handle)
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    for limit in range(20):
-        calls = 0
+    for limit in full_disk.at_each_flush(monkeypatch, most=20):
         try:
             write(tmp_path / "out")
         except BundleError as error:
-            assert "No space left on device" in str(error)
+            assert full_disk.MESSAGE in str(error)
             # The rename is the moment of truth: a flush that fails after it finds a whole bundle in place.
             if names(tmp_path):
                 Bundle.open(tmp_path / "out")
@@ -59,17 +48,15 @@ def test_a_full_disk_at_any_flush_leaves_nothing(tmp_path: Path, monkeypatch: py
         else:
             assert limit > 5
             break
-    else:
-        pytest.fail("never succeeded")
     assert names(tmp_path) == ["out"]
 
 
 def test_a_full_disk_while_weights_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, full_disk.MESSAGE)
 
     monkeypatch.setattr(WeightStore, "_write", full)
-    with pytest.raises(BundleError, match="No space left on device"):
+    with pytest.raises(BundleError, match=full_disk.MESSAGE):
         write(tmp_path / "out")
     assert names(tmp_path) == []
 
