@@ -96,19 +96,18 @@ def spec(isa: str | None = None) -> TargetSpec:
 
 def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec) -> dict[str, Graph]:
     """handoff/tensorrt/: the graphs in TensorRT's types over one weight file, and the commands that build engines."""
-    store = WeightStore(writer.file(f"{FOLDER}/{WEIGHTS}"), WEIGHTS)
     handed = {}
-    for path, verified in graphs.items():
-        graph = verified.copy()
-        if spec.isa in HALF:
-            half(graph, spec.isa)
-        four_bits(graph)
-        proto, arrays = graph.skeleton()
-        store.externalise(proto, arrays)
-        name = f"{FOLDER}/{PurePosixPath(path).stem}.onnx"
-        writer.add_file(name, proto.SerializeToString(deterministic=True))
-        handed[name] = graph
-    store.close()
+    with WeightStore(writer.file(f"{FOLDER}/{WEIGHTS}"), WEIGHTS) as store:
+        for path, verified in graphs.items():
+            graph = verified.copy()
+            if spec.isa in HALF:
+                half(graph, spec.isa)
+            four_bits(graph)
+            proto, arrays = graph.skeleton()
+            store.externalise(proto, arrays)
+            name = f"{FOLDER}/{PurePosixPath(path).stem}.onnx"
+            writer.add_file(name, proto.SerializeToString(deterministic=True))
+            handed[name] = graph
     writer.add_file(f"{FOLDER}/build.sh", _commands(handed).encode())
     return handed
 

@@ -29,13 +29,8 @@ def save(graph: Graph, path: Path) -> None:
     """
     model, arrays = strip(graph)
     data = path.with_suffix(".data")
-    store = WeightStore(data, data.name)
-    try:
+    with WeightStore(data, data.name) as store:
         store.externalise(model, arrays)
-        store.close()
-    except BaseException:
-        store.abandon()
-        raise
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 

@@ -41,6 +41,7 @@ class WeightStore:
     """Writes the store at `path`; `location` is what graphs call it (relative to their own folder).
 
     An array is taken as immutable from the moment it is put: its second use is recognised by identity, without hashing.
+    As a context manager it is closed in the end, after an error without flushing.
     """
 
     def __init__(self, path: Path, location: str) -> None:
@@ -51,6 +52,15 @@ class WeightStore:
         self._digest = hashlib.sha256()
         self._by_content: dict[bytes, Stored] = {}
         self._by_identity: dict[tuple[int, int], tuple[weakref.ref[Array], Stored]] = {}
+
+    def __enter__(self) -> WeightStore:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
 
     @property
     def path(self) -> Path | None:
