@@ -139,7 +139,7 @@ class Bundle:
             self._replace(path, source)
             return FileEntry(path=path, size=len(source), sha256=hashlib.sha256(source).hexdigest())
         entry = FileEntry(path=path, size=source.stat().st_size, sha256=hash_file(source))
-        with source.open("rb") as file:
+        with source.open("rb+") as file:  # Windows flushes what may be written only
             os.fsync(file.fileno())
         (self.path / path).parent.mkdir(parents=True, exist_ok=True)
         source.replace(self.path / path)
