@@ -26,6 +26,10 @@ bench: $(READY)
 bench-fidelity: $(READY)
 	$(BIN)/python -m benchmarks.fidelity
 
+bench-handoff: $(READY) aimet
+	$(BIN)/python -m benchmarks.handoff
+	$(BIN)/python -m benchmarks.hexagon_wan
+
 # AIMET reads our encodings in an environment of its own (2 GB with the CPU wheel of torch).
 aimet: .venv-aimet/.ready
 
@@ -51,4 +55,4 @@ $(HOST): tests/host/package.json tests/host/package-lock.json
 	.venv-aimet/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/aimet/requirements.txt
 	touch .venv-aimet/.ready
 
-.PHONY: demo test test-aimet aimet lint goldens bench bench-fidelity clean
+.PHONY: demo test test-aimet aimet lint goldens bench bench-fidelity bench-handoff clean
