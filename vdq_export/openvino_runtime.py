@@ -15,8 +15,8 @@ import numpy as np
 
 from vdq_export import vendor_tool
 from vdq_export.errors import CompileError
-from vdq_export.graph import Array
 
+Array = np.ndarray[Any, Any]  # not graph.Array: what runs bundles does without the exporter's packages
 SETTINGS = {"EXECUTION_MODE_HINT": "ACCURACY"}
 
 
