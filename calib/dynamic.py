@@ -19,11 +19,9 @@ import numpy as np
 from vdq_export import number_grid
 from vdq_export.calib.ranges import Grid, fake_quantize
 from vdq_export.graph import Array
-from vdq_export.plan import E4M3_MAX, Dynamic, Range
+from vdq_export.plan import E4M3_MAX, MX_BLOCK, NVFP4_BLOCK, Dynamic, Range
 from vdq_export.recipe import ActivationRecipe
 
-MX_BLOCK = 32  # channels a scale in MXFP4 and MXFP8 (OCP Microscaling Formats 1.0)
-NVFP4_BLOCK = 16
 NVFP4_PEAK = 6 * E4M3_MAX  # the largest number of a tensor with unit 1
 _MX_EXPONENT = 2  # of the largest power of two among the E2M1 numbers
 _E8M0 = (-125, 127)  # it has -126 and -127 too, whose half is no normal float32

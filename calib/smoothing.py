@@ -39,14 +39,14 @@ import numpy as np
 from msgspec.structs import replace as with_fields
 
 from vdq_export.calib import weight_ranges
-from vdq_export.calib.dynamic import MX_BLOCK, online, quantize_rows
+from vdq_export.calib.dynamic import online, quantize_rows
 from vdq_export.calib.formats import WeightFormat
 from vdq_export.calib.ranges import Grid, activation_range, affine
 from vdq_export.calib.record import ValueRecord
 from vdq_export.calib.transform import Transform
 from vdq_export.calib.weight_ranges import Method, row_peaks
 from vdq_export.graph import Array
-from vdq_export.plan import Dynamic, Range, Rotation, Smoothing
+from vdq_export.plan import MX_BLOCK, Dynamic, Range, Rotation, Smoothing
 from vdq_export.recipe import ActivationRecipe, SmoothingRecipe
 
 ALPHAS = tuple(k / 10 for k in range(1, 11))

@@ -38,11 +38,10 @@ SAME = 1e-3  # two ranges are one when their ends differ by less than this share
 
 @dataclass
 class Extremes:
-    """{value: {slot: (minimum, maximum)}} over `calls` calls of one graph."""
+    """{value: {slot: (minimum, maximum)}} over the calls of one graph."""
 
     values: dict[str, dict[Slot, tuple[float, float]]]
     slots: tuple[Slot, ...]
-    calls: int
 
 
 def observe_values(
@@ -75,7 +74,7 @@ def observe_values(
     if not calls:
         raise CalibrationError(f"model {model.name} brought no trajectories", hint="calibration needs at least one")
     slots = tuple(sorted(next(iter(seen.values())), key=denoising_order))
-    return Extremes(seen, slots, calls)
+    return Extremes(seen, slots)
 
 
 def float_values(graph: Graph) -> list[Value]:

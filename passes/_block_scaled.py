@@ -21,10 +21,10 @@ import onnx
 
 from vdq_export.graph import Array, Graph, Value
 from vdq_export.number_grid import numpy_type
-from vdq_export.plan import Dynamic, WeightPlan
+from vdq_export.plan import MX_BLOCK, NVFP4_BLOCK, Dynamic, WeightPlan
 from vdq_export.trt_functions import DOMAIN, FP4, MXFP8, MXFP8_DEQUANTIZE, functions
 
-BLOCK = {"nvfp4": 16, "mxfp8": 32}
+BLOCK = {"nvfp4": NVFP4_BLOCK, "mxfp8": MX_BLOCK}
 _FLOAT8 = "float8e4m3fn"
 _BIAS = 127  # of E8M0
 

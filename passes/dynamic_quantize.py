@@ -29,11 +29,10 @@ from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PlanError
 from vdq_export.graph import Graph, Value
 from vdq_export.passes import _block_scaled
-from vdq_export.plan import Dynamic, LayerPlan
+from vdq_export.plan import MX_BLOCK, Dynamic, LayerPlan
 
 NAME = "dynamic_quantize"
 AFTER = ("quantize_weights", "qdq")
-BLOCK = 32  # channels a scale in MXFP4
 _TINY = float(np.finfo(np.float32).tiny)
 _DONE = re.compile(r"/Dynamic(_\d+)?$")
 _LOWEST = -150  # first exponent of the table of powers
@@ -90,7 +89,7 @@ class _Chain:
 
 
 def _quantized(graph: Graph, value: Value, chosen: Dynamic, layer: LayerPlan) -> Value:
-    block = _block_scaled.BLOCK.get(chosen.kind, BLOCK if chosen.kind == "mx" else 1)
+    block = _block_scaled.BLOCK.get(chosen.kind, MX_BLOCK if chosen.kind == "mx" else 1)
     if value.shape[-1] % block:
         raise PlanError(f"layer {layer.name}: {value.shape[-1]} channels in blocks of {block}")
     if chosen.kind in _block_scaled.BLOCK:
@@ -119,8 +118,8 @@ def _affine(chain: _Chain, x: Value, ratio: Value, levels: int, along: list[int]
 
 def _mx(chain: _Chain, x: Value, ratio: Value, offset: Value) -> Value:
     shape = list(x.shape)
-    blocks = chain.reshape(x, [*shape[:-1], shape[-1] // BLOCK, BLOCK])
-    peak = chain.op("ReduceMax", chain.op("Abs", blocks), chain.axes(-1), shape=[*shape[:-1], shape[-1] // BLOCK, 1])
+    blocks = chain.reshape(x, [*shape[:-1], shape[-1] // MX_BLOCK, MX_BLOCK])
+    peak = chain.op("ReduceMax", chain.op("Abs", blocks), chain.axes(-1), shape=[*shape[:-1], shape[-1] // MX_BLOCK, 1])
     peak = chain.op("Max", chain.op("Mul", peak, ratio), chain.number("tiny", _TINY))
     unit = chain.op("Mul", _power_below(chain, peak), offset)
     unit = chain.op("Clip", unit, chain.number("lowest", 2.0**-125), chain.number("highest", 2.0**127))

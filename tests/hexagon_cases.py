@@ -58,7 +58,7 @@ def quantized(float_graph: Graph, feeds: Mapping[str, Array]) -> Graph:
     names = [value.name for value in float_values(float_graph)]
     found = {**feeds, **ort.run(float_graph, feeds, [n for n in names if n not in feeds])}
     slot = Slot(0.0, "cond")
-    extremes = Extremes({n: {slot: (float(found[n].min()), float(found[n].max()))} for n in names}, (slot,), 1)
+    extremes = Extremes({n: {slot: (float(found[n].min()), float(found[n].max()))} for n in names}, (slot,))
     plan = plan_values(empty, float_graph, extremes, qnn.spec())
     made = float_graph.copy()
     pipeline.run_passes(made, ["qdq_values"], PassContext(plan, one, qnn.spec()))

@@ -17,7 +17,7 @@ from tests.commands import assert_one_line, command, finish, start
 from vdq_export import ort, qnn_provider
 from vdq_export.bundle import Bundle
 from vdq_export.commands.compile import compile_command
-from vdq_export.errors import BundleError, CompileError, UnknownNameError
+from vdq_export.errors import BundleError, CompileError, OffDeviceError, UnknownNameError
 from vdq_export.graph import Graph
 from vdq_export.inspect import bundle_graphs
 from vdq_export.metrics import sqnr_db
@@ -97,6 +97,20 @@ def test_parts_are_one_model_that_computes_the_same(bundle: Path) -> None:
     (made,) = session.run(None, feeds)
     (expected,) = ort.run(Graph.load(bundle / graph.graph), feeds, exact=True).values()
     assert sqnr_db(expected, made) > 50
+
+
+def test_auto_does_not_cut_for_nodes_that_no_cut_helps(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(job: offline.Job, folder: Path) -> offline.Result:
+        asked.append(job)
+        raise OffDeviceError("2 nodes do not run on the HTP: NonZero a, NonZero b")
+
+    monkeypatch.setattr("vdq_export.targets.qnn.contexts.compile_offline", refuse)
+    with pytest.raises(OffDeviceError, match=r"body.bin00.* for v75: 2 nodes"):
+        compile_bundle(Bundle.open(bundle), ["v75"], parts="auto")
+    assert len(asked) == 1
+    assert not (bundle / "contexts").exists()
 
 
 @needs_tool

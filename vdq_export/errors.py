@@ -69,3 +69,7 @@ class MissingToolError(VdqError):
 
 class CompileError(VdqError):
     """A vendor's compiler refused a graph; carries the tool's own words."""
+
+
+class OffDeviceError(CompileError):
+    """Nodes of a graph that the device does not take, however the graph is cut."""

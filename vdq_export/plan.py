@@ -25,6 +25,7 @@ IntType = Literal["int4", "uint4", "int8", "uint8", "int16", "uint16"]
 Float8 = Literal["float8e4m3fn"]
 WeightType = IntType | Float8
 ActivationType = IntType | Float8 | Literal["float"]
+MX_BLOCK, NVFP4_BLOCK = 32, 16  # channels that share a scale in MXFP4 and MXFP8 (OCP Microscaling 1.0); in NVFP4
 INT_RANGE: dict[str, tuple[int, int]] = {
     "int4": (-8, 7), "uint4": (0, 15),
     "int8": (-128, 127), "uint8": (0, 255),

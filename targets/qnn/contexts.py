@@ -24,7 +24,7 @@ import onnx
 from vdq_export import qnn_provider
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import WEIGHTS, scratch
-from vdq_export.errors import BundleError, CompileError, UnknownNameError
+from vdq_export.errors import BundleError, CompileError, OffDeviceError, UnknownNameError
 from vdq_export.jsonfile import decode, encode
 from vdq_export.progress import Reporter
 from vdq_export.targets.qnn import partition
@@ -190,7 +190,7 @@ class _Compiler:
             try:
                 return count, self._all(count)
             except CompileError as error:
-                if count >= most:
+                if count >= most or isinstance(error, OffDeviceError):
                     raise
                 self.reporter.note(f"{self.arch} in {count} parts: {error}")
                 count += 1
@@ -236,7 +236,7 @@ class _Compiler:
         try:
             result = compile_offline(job, self.folder)
         except CompileError as error:
-            raise CompileError(f"{', '.join(graphs)} for {self.arch}: {error.what}", hint=error.hint) from error
+            raise type(error)(f"{', '.join(graphs)} for {self.arch}: {error.what}", hint=error.hint) from error
         self.peak = max(self.peak, result.peak_memory_bytes)
         return result
 

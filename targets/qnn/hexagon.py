@@ -14,7 +14,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from vdq_export import qnn_provider
-from vdq_export.errors import CompileError, UnknownNameError
+from vdq_export.errors import CompileError, OffDeviceError, UnknownNameError
 from vdq_export.qnn_provider import PROVIDER, available
 from vdq_export.targets.qnn import ARCHS
 
@@ -87,7 +87,7 @@ def emulator(
 
 
 def strict_session(model: Path | bytes, options: Mapping[str, str], entries: Mapping[str, str]) -> ort.InferenceSession:
-    """session(), every node of which runs on the HTP; else CompileError names those that do not."""
+    """session(), every node of which runs on the HTP; else OffDeviceError names those that do not."""
     try:
         return session(model, options, {**entries, STRICT: "1"})
     except CompileError as error:
@@ -110,9 +110,9 @@ def left_over(session: ort.InferenceSession) -> list[str]:
     return [node for provider, nodes in assignment(session).items() if provider != PROVIDER for node in nodes]
 
 
-def _refused(nodes: Sequence[str], arch: str) -> CompileError:
+def _refused(nodes: Sequence[str], arch: str) -> OffDeviceError:
     more = f" and {len(nodes) - _NAMED} more" if len(nodes) > _NAMED else ""
-    return CompileError(
+    return OffDeviceError(
         f"{len(nodes)} nodes do not run on the HTP: {', '.join(nodes[:_NAMED])}{more}",
         hint=f"`vdq-export lint --for qnn-v{arch}` says why and what to change",
     )

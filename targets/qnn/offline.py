@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from vdq_export.errors import CompileError, VdqError
+from vdq_export.errors import CompileError, OffDeviceError, VdqError
 
 KIB = 1024
 
@@ -46,11 +46,12 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """error: the compiler's own words; then nothing else counts."""
+    """error: the compiler's own words; then nothing else counts. off_device: they name nodes the HTP does not take."""
 
     tasks: tuple[Done, ...] = ()
     peak_memory_bytes: int = 0
     error: str = ""
+    off_device: bool = False
 
 
 def compile_offline(job: Job, folder: Path) -> Result:
@@ -69,12 +70,12 @@ def compile_offline(job: Job, folder: Path) -> Result:
         raise CompileError(f"the compiler for {job.arch} ended with code {done.returncode}: {last}")
     result = msgspec.json.decode(answer.read_bytes(), type=Result)
     if result.error:
-        raise CompileError(result.error)
+        raise (OffDeviceError if result.off_device else CompileError)(result.error)
     return result
 
 
 def run(job: Job) -> Result:
-    """Compile every task in this process. Raises CompileError naming nodes that the HTP does not take."""
+    """Compile every task in this process. Raises OffDeviceError naming nodes that the HTP does not take."""
     import resource  # not on Windows, where this process is never started but `compile --help` has to work
 
     from vdq_export.targets.qnn import hexagon
@@ -108,7 +109,7 @@ def main(notes: str, answer: str) -> None:
     try:
         result = run(job)
     except VdqError as error:
-        result = Result(error=str(error))
+        result = Result(error=str(error), off_device=isinstance(error, OffDeviceError))
     draft = Path(f"{answer}.draft")
     draft.write_bytes(msgspec.json.encode(result))
     draft.replace(answer)
