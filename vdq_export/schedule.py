@@ -48,10 +48,32 @@ class ScheduledBin(_Data, frozen=True):
     steps: tuple[float, ...] = ()
 
 
+class Hoisted(_Data, frozen=True):
+    """What left the graphs of `bins` because not every step changes it (docs/hoisting.md); "" for parts there are not.
+
+    prompt, step, mixed: graphs of what depends on the prompt, the timestep, both. tables: a safetensors file of the
+    outputs of `step`, {value: [rows, …]}, a row for each of `timesteps` (descending). The graphs of the bins take those
+    inputs of the model that they still read, and what the parts give, by name.
+    """
+
+    bins: tuple[int, ...]
+    prompt: str = ""
+    step: str = ""
+    mixed: str = ""
+    tables: str = ""
+    timesteps: tuple[float, ...] = ()
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """Bundle paths, in the order in which they run."""
+        return tuple(path for path in (self.prompt, self.step, self.mixed) if path)
+
+
 class Schedule(_Data, frozen=True, dict=True):
     """All bins. `sampler` is what they were calibrated for; `uncalibrated` says what a timestep outside every bin gets.
 
     bits: of activations in each precision's graphs, for statistics. reuse: None when the bundle has no probe graph.
+    hoisted: one entry a set of weights; () when every graph takes all inputs of the model.
     Raises ScheduleError when bins overlap, hold no timestep, are missing altogether, or are not what `policy` needs.
     """
 
@@ -60,6 +82,7 @@ class Schedule(_Data, frozen=True, dict=True):
     policy: Policy = StaticPolicy()
     reuse: CachePolicy | None = None
     bits: dict[Precision, float] = {}
+    hoisted: tuple[Hoisted, ...] = ()
     uncalibrated: Uncalibrated = "nearest"
     format: Literal[1] = 1
 
@@ -74,6 +97,9 @@ class Schedule(_Data, frozen=True, dict=True):
             for precision in ("", *BOTH):
                 self._check_overlap(self._candidates(branch, None, precision))
         self._check_policy()
+        served = [index for one in self.hoisted for index in one.bins]
+        if len(set(served)) != len(served) or not set(served) <= set(range(len(self.bins))):
+            raise ScheduleError(f"hoisted parts serve bins {served} of {len(self.bins)}", hint="each bin has one entry")
 
     def _check_overlap(self, candidates: Sequence[int]) -> None:
         # Two bins that start together overlap too, even when one is the single point lo == hi.
@@ -168,7 +194,12 @@ class Schedule(_Data, frozen=True, dict=True):
     def graphs(self) -> tuple[str, ...]:
         """Bundle paths of all graphs that may be run, each once."""
         probes = self.reuse.probes if self.reuse else ()
-        return tuple(dict.fromkeys([*(one.graph for one in self.bins), *(one.graph for one in probes)]))
+        ahead = [path for one in self.hoisted for path in one.graphs]
+        return tuple(dict.fromkeys([*(one.graph for one in self.bins), *(one.graph for one in probes), *ahead]))
+
+    def ahead(self, index: int) -> Hoisted | None:
+        """What left the graph of bin `index`; None when nothing did."""
+        return next((one for one in self.hoisted if index in one.bins), None)
 
     @property
     def steps(self) -> tuple[float, ...]:
