@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import numpy as np
 from msgspec.structs import replace
@@ -22,7 +23,7 @@ from vdq_export.calib.formats import LayerFormat, check
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.transform import Transform
 from vdq_export.graph import Graph, Linear
-from vdq_export.plan import Bin, LayerPlan, QuantPlan, Rotation
+from vdq_export.plan import Bin, HoistedPart, LayerPlan, QuantPlan, Rotation
 from vdq_export.recipe import Recipe
 from vdq_export.target_spec import TargetSpec
 
@@ -32,6 +33,7 @@ class Network:
     """What drafts are made from: one canonical float graph, its record, and how it shall be quantized.
 
     expert: its name where the model has several. limits: the timesteps it serves, where others serve the next ones.
+    hoisted: layers that are in no bin's graph, and where they are.
     """
 
     graph: Graph
@@ -40,6 +42,7 @@ class Network:
     spec: TargetSpec
     expert: str = ""
     limits: tuple[float | None, float | None] = (None, None)
+    hoisted: Mapping[str, HoistedPart] = field(default_factory=dict)
 
 
 def draft(network: Network, *, tsw: binning.Tsw = 1, optimal_bins: bool = False, first: int = 0) -> list[QuantPlan]:
@@ -54,8 +57,9 @@ def draft(network: Network, *, tsw: binning.Tsw = 1, optimal_bins: bool = False,
     record.check(graph_hash)
     base = check(recipe, spec)
     linears = graph.linears()
-    kept = {x.name: why for x in linears if (why := keep_reason(x, recipe, spec))}
-    quantized = [x for x in linears if x.name not in kept]
+    hoisted = network.hoisted
+    kept = {x.name: why for x in linears if (why := keep_reason(x, recipe, spec, hoisted=x.name in hoisted))}
+    quantized = [x for x in linears if x.name not in kept and x.name not in hoisted]
     groups = by_value(quantized, {x.name: x.value.name for x in quantized})
 
     def bins_for(transforms: Mapping[str, Transform]) -> tuple[tuple[Bin, ...], str]:
@@ -72,7 +76,9 @@ def draft(network: Network, *, tsw: binning.Tsw = 1, optimal_bins: bool = False,
             target=spec.name,
             recipe=recipe,
             bins=tuple(bins),
-            layers=tuple(_layer(x, kept.get(x.name, ""), transforms.get(x.value.name)) for x in linears),
+            layers=tuple(
+                _layer(x, kept.get(x.name, ""), hoisted.get(x.name, ""), transforms.get(x.value.name)) for x in linears
+            ),
             bins_why=why,
             expert=network.expert,
             draft=True,
@@ -87,17 +93,18 @@ def draft(network: Network, *, tsw: binning.Tsw = 1, optimal_bins: bool = False,
     return [plan(*bins_for(transforms), transforms)]
 
 
-def keep_reason(linear: Linear, recipe: Recipe, spec: TargetSpec) -> str:
+def keep_reason(linear: Linear, recipe: Recipe, spec: TargetSpec, *, hoisted: bool = False) -> str:
     """Why a layer stays in float, or nothing. The first matching rule of the recipe is named.
 
-    A target that leaves no operator in float gives those layers the most bits it has instead (formats.assign).
+    A target that leaves no operator in float gives those layers the most bits it has instead (formats.assign), unless
+    they are hoisted and so not its own. Nor does its speed count then.
     """
-    if spec.every_operator:
+    if spec.every_operator and not hoisted:
         return ""
     for rule in recipe.keep_float:
         if fnmatchcase(linear.name, rule.match):
             return f"{rule.why} (recipe: {rule.match})"
-    if linear.rows < spec.min_rows:
+    if linear.rows < spec.min_rows and not hoisted:
         return f"{linear.rows} row(s) a call, {spec.name} gains from {spec.min_rows} on"
     return ""
 
@@ -121,10 +128,11 @@ def transforms_of(
 ) -> dict[str, Transform]:
     """{value: what becomes of it}, chosen on the slots of `bins`.
 
-    A value that a layer kept in float reads too is not smoothed: scaled, it would be wrong there.
+    A value that a layer kept in float, or hoisted, reads too is not smoothed: scaled, it would be wrong there.
     """
     record, recipe = network.record, network.recipe
-    shared = {x.value.name: x.name for x in linears if x.name in kept}
+    shared = {x.value.name: f"{x.name}, hoisted," for x in linears if x.name in network.hoisted}
+    shared |= {x.value.name: f"{x.name}, kept in float," for x in linears if x.name in kept}
     free = [_group(record, name, members, base) for name, members in groups.items() if name not in shared]
     rotated = rotation.choose(network.graph, groups, recipe.rotation)
     turns = [rotated[g.value.name][0] for g in free]
@@ -132,7 +140,7 @@ def transforms_of(
     smoothed = dict(zip([g.value.name for g in free], choices, strict=True))
     found = {}
     for name, members in groups.items():
-        choice = smoothed.get(name) or smoothing.Choice(None, f"{shared[name]}, kept in float, reads the same value")
+        choice = smoothed.get(name) or smoothing.Choice(None, f"{shared[name]} reads the same value")
         turn, why = rotated[name]
         transform = Transform(choice.smoothing, turn, choice.why, why)
         if turn is not None:
@@ -192,10 +200,15 @@ def _group(record: CalibrationRecord, name: str, members: Sequence[Linear], base
     )
 
 
-def _layer(linear: Linear, keep: str, transform: Transform | None) -> LayerPlan:
-    if keep or transform is None:
+def _layer(linear: Linear, keep: str, hoisted: HoistedPart | Literal[""], transform: Transform | None) -> LayerPlan:
+    if keep or hoisted or transform is None:
         return LayerPlan(
-            name=linear.name, value=linear.value.name, rows=linear.rows, shape=linear.shape, keep_float=keep
+            name=linear.name,
+            value=linear.value.name,
+            rows=linear.rows,
+            shape=linear.shape,
+            keep_float=keep,
+            hoisted=hoisted,
         )
     return LayerPlan(
         name=linear.name,

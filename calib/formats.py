@@ -11,7 +11,7 @@ from vdq_export.calib.ranges import Grid
 from vdq_export.errors import RecipeError
 from vdq_export.graph import Linear
 from vdq_export.number_grid import E2M1_QMAX
-from vdq_export.plan import E4M3_MAX, MX_BLOCK, NVFP4_BLOCK, ScaleType, WeightType
+from vdq_export.plan import E4M3_MAX, MX_BLOCK, NVFP4_BLOCK, WIDEST, ScaleType, WeightType
 from vdq_export.plan import Grid as NumberGrid
 from vdq_export.recipe import Recipe
 from vdq_export.target_spec import TargetSpec
@@ -40,6 +40,8 @@ FLOATING: dict[str, WeightFormat] = {
     "mxfp8": WeightFormat("float8e4m3fn", 8, E4M3_MAX, MX_BLOCK, "e4m3", "e8m0"),
     "fp8": WeightFormat("float8e4m3fn", 8, E4M3_MAX, 0, "e4m3"),
 }
+# Layers that left the bins' graphs: the host runs them, whatever the target, with weights that are read as integers.
+HOISTED_WEIGHT = WeightFormat("int8", 8, 127)
 _BLOCK_SCALED = ("mxfp4", "mxfp8", "nvfp4")  # formats whose activation scales are computed at run time
 
 
@@ -131,6 +133,11 @@ def assign(
         for linear, wish in zip(members, wishes, strict=True):
             formats[linear.name] = _format(linear, wish, activations, recipe, spec)
     return formats
+
+
+def hoisted() -> LayerFormat:
+    """The formats of a layer that is in no bin's graph: no bin has a range for it, and the host needs none."""
+    return LayerFormat(Grid("float", WIDEST), HOISTED_WEIGHT, "hoisted: 8-bit weight, float activations", rank=0)
 
 
 def _finest(layer: str, recipe: Recipe, spec: TargetSpec) -> Allocated | None:

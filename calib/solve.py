@@ -16,7 +16,7 @@ from vdq_export.calib import allocate, low_rank
 from vdq_export.calib.bins import bin_slots
 from vdq_export.calib.draft import by_value
 from vdq_export.calib.dynamic import online
-from vdq_export.calib.formats import LayerFormat, activation_grid, assign
+from vdq_export.calib.formats import LayerFormat, activation_grid, assign, hoisted
 from vdq_export.calib.group import GroupTask, LayerWeights, solve_groups
 from vdq_export.calib.ranges import activation_range
 from vdq_export.calib.record import CalibrationRecord
@@ -54,10 +54,12 @@ def solve(
     kept = {layer.name: layer.keep_float for layer in draft.layers if not layer.quantized}
     values = {layer.name: layer.value for layer in draft.layers}
     linears = [x for x in graph.linears() if x.name not in kept]
-    grouped = by_value(linears, values)
+    ahead = {layer.name for layer in draft.layers if layer.hoisted}
+    grouped = by_value([x for x in linears if x.name not in ahead], values)
     formats = assign(grouped, recipe, spec, allocate.choose(draft, grouped, record, spec))
-    ranks = low_rank.choose_ranks(linears, recipe.low_rank)
-    groups = list(grouped.items())
+    formats |= {name: hoisted() for name in ahead}
+    ranks = low_rank.choose_ranks([x for x in linears if x.name not in ahead], recipe.low_rank)
+    groups = [*grouped.items(), *by_value([x for x in linears if x.name in ahead], values).items()]
 
     def tasks() -> Iterator[GroupTask]:
         for name, members in groups:

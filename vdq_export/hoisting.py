@@ -35,9 +35,10 @@ from vdq_export import hoisting_cut, ort
 from vdq_export.errors import PassError
 from vdq_export.graph import Array, Graph, Node, Value, is_constant
 from vdq_export.model import Model, Trajectory
+from vdq_export.plan import HoistedPart
 
 Role = Literal["latents", "timestep", "prompt"]
-Part = Literal["prompt", "step", "mixed"]
+Part = HoistedPart
 Feeds = Mapping[str, Array]
 _BITS: Mapping[Role, int] = {"latents": 1, "timestep": 2, "prompt": 4}
 _PARTS: Mapping[int, Part] = {2: "step", 4: "prompt", 6: "mixed"}
@@ -80,7 +81,11 @@ class Hoisted:
 
     def parts(self) -> dict[str, Graph]:
         """The graphs there are, in the order in which they run; "body" is the last."""
-        named = {"prompt": self.prompt, "step": self.step, "mixed": self.mixed, "body": self.body}
+        return {**self.ahead(), "body": self.body}
+
+    def ahead(self) -> dict[Part, Graph]:
+        """Those of the graphs that run before the body."""
+        named: dict[Part, Graph | None] = {"prompt": self.prompt, "step": self.step, "mixed": self.mixed}
         return {name: graph for name, graph in named.items() if graph is not None}
 
     def moved(self) -> float:
@@ -117,11 +122,20 @@ def _same(tensors: Sequence[torch.Tensor | None]) -> bool:
     return first is not None and all(one is first or (one is not None and torch.equal(one, first)) for one in tensors)
 
 
-def split(graph: Graph, roles: Mapping[str, Role]) -> Hoisted:
+def layers(graph: Graph, roles: Mapping[str, Role]) -> dict[str, Part]:
+    """{linear that is best computed ahead: the part it is in}, in graph order. Raises what split() raises."""
+    hoisted = split(graph, roles)
+    body = {linear.name for linear in hoisted.body.linears()}
+    found = {x.name: part for part, one in hoisted.ahead().items() for x in one.linears() if x.name not in body}
+    return {linear.name: found[linear.name] for linear in graph.linears() if linear.name in found}
+
+
+def split(graph: Graph, roles: Mapping[str, Role], chosen: Collection[str] | None = None) -> Hoisted:
     """`graph` (left as it is; weights are shared) in the parts that run once a video, once an export, and every step.
 
-    roles: of every input of the graph; further names are ignored. Raises PassError for an input without a role, and
-    for graphs with If, Loop or Scan, whose reads it does not follow.
+    roles: of every input of the graph; further names are ignored. chosen: the linears that are computed ahead, no other
+    ones (what layers() gave, of this graph or of one it was rewritten from); None: those worth it. Raises PassError for
+    an input without a role, and for graphs with If, Loop or Scan, whose reads it does not follow.
     """
     whole = graph.copy()
     whole.cleanup()
@@ -131,8 +145,14 @@ def split(graph: Graph, roles: Mapping[str, Role]) -> Hoisted:
     body = [node for bits in range(1, 8, 2) for node in nodes[bits]]
     inputs = [value for value in whole.gs.inputs if depends[value.name] in _PARTS]
     constants = {name for name, bits in depends.items() if bits == 0}
-    outputs = {str(value.name) for value in whole.gs.outputs}
-    ahead = hoisting_cut.cheapest(early, inputs, body, constants=constants, kept=outputs)
+    kept = {str(value.name) for value in whole.gs.outputs}
+    settled = set[str]()
+    for linear in whole.linears() if chosen is not None else ():
+        if linear.name in (chosen or ()):
+            settled.add(str(linear.matmul.name))
+        else:
+            kept.add(str(linear.matmul.outputs[0].name))
+    ahead = hoisting_cut.cheapest(early, inputs, body, constants=constants, kept=kept, settled=settled)
     crossing = _crossing(early, ahead, [n for n in [*early, *body] if n.name not in ahead])
     # Of what is computed ahead, the same question again: what mixed reads is either handed to it or computed in it.
     mixed = [node for node in nodes[6] if node.name in ahead]

@@ -49,20 +49,22 @@ def cheapest(
     constants: Collection[str] = (),
     kept: Collection[str] = (),
     crossing: Collection[str] = (),
+    settled: Collection[str] = (),
 ) -> set[str]:
     """Names of those `candidates` that are best computed ahead.
 
     inputs: graph inputs known ahead. steps: nodes that run at every step whatever is decided. constants: names of
     values that are computed from constants alone, free on both sides. kept: values whose makers run at every step.
-    crossing: values that cross anyway, so that their makers are computed ahead.
+    crossing: values that cross anyway, so that their makers are computed ahead. settled: names of candidates that are
+    computed ahead whatever it costs; what they need must not be kept.
     """
     number = {id(node): 2 + index for index, node in enumerate(candidates)}
     network = nx.DiGraph()
     network.add_nodes_from((_S, _T, *number.values()))
     for node in candidates:
         here = number[id(node)]
-        settled = any(value.name in crossing for value in node.outputs)
-        network.add_edge(_S, here, **_limit(None if settled else step_cost(node, constants)))
+        decided = node.name in settled or any(value.name in crossing for value in node.outputs)
+        network.add_edge(_S, here, **_limit(None if decided else step_cost(node, constants)))
         for maker in (maker for value in node.inputs for maker in value.inputs):
             if id(maker) in number:
                 network.add_edge(here, number[id(maker)])

@@ -19,6 +19,7 @@ from vdq_export.recipe import Recipe
 Branch = Literal["cond", "uncond", "any"]
 Precision = Literal["", "low", "high"]
 Grid = Literal["int", "e2m1", "e4m3"]
+HoistedPart = Literal["prompt", "step", "mixed"]
 ScaleType = Literal["float", "e8m0", "e4m3"]
 TensorKind = Literal["codes", "scale", "down", "up"]
 IntType = Literal["int4", "uint4", "int8", "uint8", "int16", "uint16"]
@@ -134,7 +135,8 @@ class Dynamic(_Data, frozen=True):
 class LayerPlan(_Data, frozen=True):
     """One linear. `value` is the graph value it reads; `keep_float` (a reason) excludes every quantization field.
 
-    activation_dtype "float": only the weight is quantized, there are no ranges.
+    activation_dtype "float": only the weight is quantized, there are no ranges. hoisted: the graph it is in if not in
+    those of the bins (docs/hoisting.md).
     """
 
     name: str
@@ -142,6 +144,7 @@ class LayerPlan(_Data, frozen=True):
     rows: int
     shape: tuple[int, int]  # K, N
     keep_float: str = ""
+    hoisted: HoistedPart | Literal[""] = ""
     smoothing: Smoothing | None = None
     rotation: Rotation | None = None
     low_rank: LowRank | None = None
@@ -230,6 +233,10 @@ class QuantPlan(_Data, frozen=True):
         """What tells it from the other plans of its bundle: "", "high" (expert), "high.low" (expert.precision) …"""
         return ".".join(part for part in (self.expert, self.precision) if part)
 
+    def of_bins(self) -> QuantPlan:
+        """The plan without the layers that are in none of the bins' graphs."""
+        return msgspec.structs.replace(self, layers=tuple(one for one in self.layers if not one.hoisted))
+
     def place(self, one: Bin) -> int:
         """Where `one` stands among this plan's bins: the index of its ranges. Raises PlanError for a foreign bin."""
         for place, mine in enumerate(self.bins):
@@ -265,6 +272,8 @@ def _check_layer(layer: LayerPlan, bins: int) -> None:
         if layer.weight or layer.activation or layer.dynamic or layer.smoothing or layer.rotation or layer.low_rank:
             raise PlanError(f"layer {layer.name}: kept in float and quantized at once")
         return
+    if layer.hoisted and layer.activation_dtype != "float":
+        raise PlanError(f"layer {layer.name}: is in the {layer.hoisted} graph and has quantizers of bins")
     wanted = 0 if layer.activation_dtype == "float" else bins
     if layer.weight is None or len(layer.activation) + len(layer.dynamic) != wanted:
         raise PlanError(f"layer {layer.name}: needs a weight plan and {wanted} activation ranges, one a bin")
