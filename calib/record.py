@@ -2,26 +2,26 @@
 
 Legend: S slots (distinct timestep × guidance branch, in denoising order: highest t first), C channels (last dimension),
 n sampled token rows a slot, m top rows. A record is tied to one float graph by `graph_hash`.
+
+A file is mapped, not read: a value's arrays are views of it, checked for NaN and Inf when the value is first asked for,
+so that a record may be larger than memory (record_file.py).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from vdq_export.errors import CalibrationError
-from vdq_export.graph import Array
+from vdq_export.graph import Array, Graph, release
 
-METADATA = "vdq-calibration"  # one entry only: safetensors writes several in random order
-FORMAT = 2
+if TYPE_CHECKING:
+    from vdq_export.model import Model
 
 
 class Slot(NamedTuple):
@@ -75,13 +75,19 @@ class ValueRecord:
             raise CalibrationError(f"{self.name} was not calibrated as the input of a linear", hint="calibrate again")
         return self.peak, self.rows
 
-    def sample(self, slots: Sequence[int], top: bool = False) -> Array:
+    def sample(self, slots: Sequence[int], top: bool = False, most: int | None = None) -> Array:
         """The rows drawn in some slots, slot by slot, [rows, C]; with `top`, each slot's largest ones before them.
 
-        Raises CalibrationError as linear() does.
+        most: of the rows drawn, evenly, no more than so many; no others are read then. Raises CalibrationError as
+        linear() does.
         """
         _, rows = self.linear()
-        picked = rows[np.asarray(slots)]
+        index, each = np.asarray(slots), rows.shape[1]
+        if most is not None:
+            places = np.unique(np.linspace(0, len(index) * each - 1, min(len(index) * each, most)).astype(np.int64))
+            few: Array = rows[index[places // each], places % each]
+            return few
+        picked = rows[index]
         if top and self.top is not None:
             picked = np.concatenate([self.top[np.asarray(slots)], picked], axis=1)
         flat: Array = picked.reshape(-1, self.channels)
@@ -90,7 +96,11 @@ class ValueRecord:
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """All observed values of one float graph. `sampler` holds the settings of the loop that made the trajectories."""
+    """All observed values of one float graph. `sampler` holds the settings of the loop that made the trajectories.
+
+    constant_inputs: inputs of the network that were equal to the last bit at all steps of a guidance branch in every
+    trajectory; () where nothing shows it. A record without slots is of a recipe that needs no data.
+    """
 
     model: str
     model_hash: str
@@ -99,7 +109,14 @@ class CalibrationRecord:
     values: Mapping[str, ValueRecord]
     calls: int  # how often the network was run
     sampler: Mapping[str, Any] = field(default_factory=dict)
+    constant_inputs: tuple[str, ...] = ()
     origin: str = field(default="calibration record", compare=False)  # the file it was read from, for messages
+
+    @staticmethod
+    def empty(graph: Graph, model: Model) -> CalibrationRecord:
+        """What a recipe that needs no data starts from: no slots, no values, the network never run."""
+        sampler = {} if model.sampler is None else dict(model.sampler.settings())
+        return CalibrationRecord(model.name, graph.source, graph.hash(), (), {}, 0, sampler)
 
     @property
     def steps(self) -> tuple[float, ...]:
@@ -116,62 +133,39 @@ class CalibrationRecord:
             )
 
     def value(self, name: str) -> ValueRecord:
+        """Raises CalibrationError for a value that was not observed, and for NaN or Inf in a file's arrays."""
         if name not in self.values:
+            if not self.slots:
+                raise CalibrationError(
+                    f"there is no calibration data about {name!r}", hint="this recipe needs data: calibrate"
+                )
             raise CalibrationError(f"the calibration record holds nothing about {name!r}", hint="calibrate this model")
         return self.values[name]
 
-    def check_finite(self, origin: str = "calibration record") -> None:
-        """Raises CalibrationError naming value, layer and timestep of the first NaN or Inf."""
-        for value in self.values.values():
-            for what, array in value.tensors.items():
-                if not np.isfinite(array).all():
-                    bad = int(np.argwhere(~np.isfinite(array))[0][0])
-                    raise not_finite(value.name, value.readers, self.slots[bad], f"{origin} ({what})")
-
     def save(self, path: Path) -> None:
-        """Write one .safetensors file, whole or not at all."""
-        header = {
-            "format": FORMAT,
-            "model": self.model,
-            "model_hash": self.model_hash,
-            "graph_hash": self.graph_hash,
-            "slots": [list(slot) for slot in self.slots],
-            "calls": self.calls,
-            "sampler": dict(self.sampler),
-            "values": [{"name": v.name, "kind": v.kind, "readers": v.readers} for v in self.values.values()],
-        }
-        tensors = {
-            f"{v.name}#{what}": np.ascontiguousarray(a) for v in self.values.values() for what, a in v.tensors.items()
-        }
-        partial = path.with_name(path.name + ".partial")
-        try:
-            save_file(tensors, partial, {METADATA: json.dumps(header, sort_keys=True)})
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise CalibrationError(f"cannot write {path}: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        """Write one .safetensors file, whole or not at all, value by value. Raises CalibrationError."""
+        from vdq_export.calib import record_file
+
+        record_file.write(self, path)
 
     @staticmethod
     def load(path: Path, graph_hash: str | None = None) -> CalibrationRecord:
-        """Read and check a record; with `graph_hash`, that it belongs to that graph too.
+        """Map and check a record; with `graph_hash`, that it belongs to that graph too.
 
-        Raises CalibrationError for a file that is missing, truncated, no record, of another model, or not finite.
+        Raises CalibrationError for a file that is missing, truncated, no record, or of another model.
         """
-        try:
-            with safe_open(path, framework="numpy") as file:
-                header = json.loads((file.metadata() or {}).get(METADATA, "{}"))
-                if header.get("format") != FORMAT:
-                    raise CalibrationError(f"{path} is no calibration record of format {FORMAT}")
-                if graph_hash is not None:  # before reading what may be gigabytes
-                    _build(header, {}, path).check(graph_hash)
-                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            values = {e["name"]: _value(e, arrays, len(header["slots"])) for e in header["values"]}
-            record = _build(header, values, path)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(f"{path} is missing or damaged: {error}", hint="calibrate again") from error
-        record.check_finite(str(path))
-        return record
+        from vdq_export.calib import record_file
+
+        return record_file.read(path, graph_hash)
+
+
+def check_finite(value: ValueRecord, slots: Sequence[Slot], origin: str) -> None:
+    """Raises CalibrationError naming value, layer and timestep of the first NaN or Inf."""
+    for what, array in value.tensors.items():
+        for index in range(len(array)):  # slot by slot: a mask of a whole array may be a quarter of it
+            if not np.isfinite(array[index]).all():
+                raise not_finite(value.name, value.readers, slots[index], f"{origin} ({what})")
+        release(array)
 
 
 def not_finite(name: str, readers: Sequence[str], slot: Slot, where: str) -> CalibrationError:
@@ -180,28 +174,3 @@ def not_finite(name: str, readers: Sequence[str], slot: Slot, where: str) -> Cal
         f"NaN or Inf in the input of {layers} at {slot}: value {name}, {where}",
         hint="check the model's weights and inputs in float32",
     )
-
-
-def _build(header: dict[str, Any], values: Mapping[str, ValueRecord], path: Path) -> CalibrationRecord:
-    return CalibrationRecord(
-        model=header["model"],
-        model_hash=header["model_hash"],
-        graph_hash=header["graph_hash"],
-        slots=tuple(Slot(float(t), branch) for t, branch in header["slots"]),
-        values=values,
-        calls=header["calls"],
-        sampler=header["sampler"],
-        origin=str(path),
-    )
-
-
-def _value(entry: dict[str, Any], arrays: Mapping[str, Array], slots: int) -> ValueRecord:
-    name, linear = entry["name"], entry["kind"] == "linear"
-    lo, hi, count = (arrays[f"{name}#{what}"] for what in ("lo", "hi", "count"))
-    peak, rows, top = (arrays[f"{name}#{what}"] if linear else None for what in ("peak", "rows", "top"))
-    if lo.ndim != 2 or lo.shape[0] != slots or hi.shape != lo.shape or count.shape != (slots,):
-        raise ValueError(f"{name}: shapes do not fit {slots} slots")
-    shapes = [a.shape[:: a.ndim - 1] for a in (peak, rows, top) if a is not None]  # slots and channels of each
-    if any(shape != lo.shape for shape in shapes):
-        raise ValueError(f"{name}: sampled rows do not fit {slots} slots")
-    return ValueRecord(name, entry["kind"], tuple(entry["readers"]), lo, hi, count, peak, rows, top)
