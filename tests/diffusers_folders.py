@@ -11,9 +11,9 @@ import diffusers
 import torch
 
 from tests.families import FAMILIES
-from vdq_export.sources._scheduling import DEFAULTS
+from vdq_export.families import of
 
-SMALL = {"Wan": (5, 64, 64), "CogVideoX": (9, 64, 64), "LTX": (9, 128, 128)}  # family -> frames, height, width
+SMALL = {"Wan": (5, 64, 64), "CogVideoX": (9, 64, 64), "LTX-Video": (9, 128, 128)}  # family -> frames, height, width
 
 
 def network(family: str) -> Any:
@@ -38,7 +38,7 @@ def pipeline(family: str, folder: Path, *, experts: int = 1, scheduler: Any = No
             next(module.parameters()).add_(0.1 * number)
         module.save_pretrained(folder / name)
     if scheduler is None:
-        settings = dict(DEFAULTS[type(module).__name__])
+        settings = dict(of(type(module).__name__).scheduler or {})
         scheduler = getattr(diffusers, settings.pop("_class_name"))(**settings)
     scheduler.save_pretrained(folder / "scheduler")
     parts = {name: ["diffusers", type(module).__name__] for name in names}

@@ -13,11 +13,12 @@ import torch
 from click.testing import CliRunner
 
 from tests.families import FAMILIES as TINY
+from tests.families import network, tiny_of
 from vdq_export import families
 from vdq_export.cli import cli
-from vdq_export.errors import ModelError
 from vdq_export.families import Family, Published
 from vdq_export.model import first_tensor
+from vdq_export.sources import families as registered
 
 PUBLISHED = [(family, one) for family in families.FAMILIES for one in family.published]
 
@@ -42,13 +43,11 @@ def test_a_wrong_configuration_is_seen() -> None:
     assert sum(p.numel() for p in network.parameters()) != pytest.approx(one.parameters, abs=0.5e6)
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name != "CogVideoX-rotary"])
+@pytest.mark.parametrize("name", TINY)
 def test_every_family_is_called_as_its_network_wants(name: str) -> None:
     """The network of the tiny configuration, called with what its configuration says."""
-    network: Any = TINY[name]().module
-    family = families.find(type(network).__name__)
-    assert family is not None
-    made: Any = type(network).from_config(dict(network.config)).eval()
+    family, tiny = tiny_of(name)
+    made: Any = network(family, tiny)
     size = (4, 8, 8) if name == "Latte" else (3, 8, 8)
     inputs, fixed = families.example_inputs(family, made.config, size, text_tokens=8)
     with torch.no_grad():
@@ -59,12 +58,17 @@ def test_every_family_is_called_as_its_network_wants(name: str) -> None:
     assert tuple(output.shape) == (1, *layouts[family.layout])
 
 
-def test_rotary_tables_from_outside_are_asked_for() -> None:
-    network: Any = TINY["CogVideoX-rotary"]().module
-    family = families.find(type(network).__name__)
-    assert family is not None
-    with pytest.raises(ModelError, match=r"image_rotary_emb.*pipeline"):
-        families.example_inputs(family, network.config, (3, 8, 8))
+def test_a_family_is_one_file() -> None:
+    """Found by listing, each with what a newcomer must say; no class twice."""
+    folder = Path(registered.__path__[0])
+    files = [path for path in folder.glob("*.py") if not path.name.startswith("_")]
+    assert len(files) == len(families.FAMILIES) == len({one.class_name for one in families.FAMILIES})
+    assert [one.name for one in families.FAMILIES if not one.tiny or not one.pipelines] == []
+
+
+def test_a_class_without_a_file_goes_by_its_signature() -> None:
+    assert families.of("ChronoEditTransformer3DModel").inputs is registered.text
+    assert families.of("WanTransformer3DModel") is families.find("WanTransformer3DModel")
 
 
 def test_latent_size() -> None:

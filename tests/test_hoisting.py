@@ -241,7 +241,7 @@ def family_roles(model: Model) -> dict[str, Role]:
 MOVED = {
     "Wan": ("prompt step", "blocks.1.attn2.to_k"),
     "CogVideoX": ("prompt step", "transformer_blocks.1.norm2.linear"),
-    "LTX": ("prompt step", "caption_projection.linear_2"),
+    "LTX-Video": ("prompt step", "caption_projection.linear_2"),
     "Latte": ("prompt step", "adaln_single.linear"),
     "HunyuanVideo": ("prompt step mixed", "single_transformer_blocks.0.norm.linear"),
 }

@@ -24,7 +24,7 @@ def trajectories(model: Model) -> list[Any]:
     return [list(one) for one in model.iter_trajectories()]
 
 
-@pytest.mark.parametrize(("family", "shards"), [("Wan", "40KB"), ("LTX", "10GB")])
+@pytest.mark.parametrize(("family", "shards"), [("Wan", "40KB"), ("LTX-Video", "10GB")])
 def test_a_folder_becomes_a_bundle(family: str, shards: str, tmp_path: Path) -> None:
     """Through the command; `verify` then finds the same shapes and trajectories by the bundle's model name."""
     folders.transformer(family, tmp_path / "model", max_shard_size=shards)
@@ -139,11 +139,11 @@ def test_ltx_shifts_by_length() -> None:
 
 
 def test_prompt_embeddings_are_used(tmp_path: Path) -> None:
-    folders.transformer("LTX", tmp_path / "model")
+    folders.transformer("LTX-Video", tmp_path / "model")
     text = {"prompt_embeds": torch.randn(3, 6, 32), "negative_prompt_embeds": torch.randn(1, 6, 32)}
     masks = {"prompt_attention_mask": torch.tensor([[1, 1, 1, 0, 0, 0]] * 3)}
     save_file(text | masks, tmp_path / "text.safetensors")
-    model = resolve(folders.spec(tmp_path / "model", "LTX", prompt_embeds=tmp_path / "text.safetensors"))
+    model = resolve(folders.spec(tmp_path / "model", "LTX-Video", prompt_embeds=tmp_path / "text.safetensors"))
     assert not any("RANDOM" in note for note in model.metadata["notes"])
     made = trajectories(model)
     assert len(made) == 3

@@ -142,7 +142,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], tuple[str, ...]]] = 
     ),
     "frames": (partial(folders.transformer, "Wan"), ["--frames", "6"], ("6 frames", "4k + 1", "5 or 9")),
     "height": (partial(folders.transformer, "Wan"), ["--height", "40"], ("height of 40", "of 16", "32 or 48")),
-    "width": (partial(folders.transformer, "LTX"), ["--width", "40"], ("width of 40", "multiples of 32", "32 or 64")),
+    "width": (partial(folders.transformer, "LTX-Video"), ["--width", "40"], ("width of 40", "multiples of 32", "32 or 64")),
     "no default size": (partial(folders.transformer, "SkyReelsV2"), [], ("--frames, --height and --width",)),
     "unknown argument": (partial(folders.transformer, "HunyuanVideo"), [], ("'pooled_projections'", "known:")),
     "image to video": (

@@ -52,7 +52,8 @@ def families_command(as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(known)).decode())
         return
-    table = Table("family", "class in diffusers", "support", "detail", "published", box=None)
+    table = Table("family", "class in diffusers", "support", "tried", "detail", "published", box=None)
     for one in known:
-        table.add_row(one.name, one.class_name, one.support, one.detail, ", ".join(one.published))
+        tried = "yes" if one.tried else "no"
+        table.add_row(one.name, one.class_name, one.support, tried, one.detail, ", ".join(one.published))
     Console().print(table)

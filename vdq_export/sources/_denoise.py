@@ -20,6 +20,7 @@ from vdq_export.model import Step, Trajectory, first_tensor
 from vdq_export.recorded import Recorded
 from vdq_export.sources._scheduling import Scheduler
 from vdq_export.sources._shapes import Call
+from vdq_export.sources.families import mask
 
 RANDOM_PROMPTS = 2
 RANDOM_NOTE = (
@@ -73,7 +74,7 @@ def random_embeddings(call: Call) -> list[Prompt]:
     generator = torch.Generator().manual_seed(0)
     return [
         {
-            branch: {"encoder_hidden_states": torch.randn(call.text, generator=generator)}
+            branch: {name: one.make(generator) for name, one in call.inputs.items() if one.value is None}
             for branch in ("cond", "uncond")
         }
         for _ in range(RANDOM_PROMPTS)
@@ -81,17 +82,16 @@ def random_embeddings(call: Call) -> list[Prompt]:
 
 
 def with_masks(call: Call, prompts: Sequence[Prompt]) -> Call:
-    """The call, with masks where a prompt has one."""
+    """The call, with a mask where a prompt has one and the network need not."""
     given = any("encoder_attention_mask" in text for prompt in prompts for text in prompt.values())
-    return replace(call, masked=call.masked or given)
+    masks = {"encoder_attention_mask": mask(call.size)} if given else {}
+    return replace(call, inputs={**masks, **call.inputs})
 
 
 def inputs(call: Call, latent: torch.Tensor, t: torch.Tensor, text: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """One call's tensors by name; a mask of ones where the network takes one and there is none."""
-    made = {"hidden_states": latent, "timestep": t.reshape(1), **text}
-    if call.masked and "encoder_attention_mask" not in made:
-        made["encoder_attention_mask"] = torch.ones(call.text[:2], dtype=torch.int64)
-    return made
+    """One call's tensors by name; a mask of ones, a guidance scale … where the network takes one and there is none."""
+    made = {"hidden_states": call.hidden_states(latent), "timestep": t.reshape(1), **text}
+    return made | {name: one.make() for name, one in call.inputs.items() if name not in made and one.value is not None}
 
 
 @dataclass

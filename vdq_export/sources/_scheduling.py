@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vdq_export.errors import ModelError
+from vdq_export.sources import families
 from vdq_export.sources._weights import read_json
 
 KNOWN = (
@@ -20,21 +21,6 @@ KNOWN = (
     "FlowMatchEulerDiscreteScheduler",
     "UniPCMultistepScheduler",
 )
-# Of the published pipelines, for a transformer folder, which has none: class name of the transformer -> configuration.
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "WanTransformer3DModel": {
-        "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
-        "flow_shift": 3.0,
-    },
-    "CogVideoXTransformer3DModel": {
-        "_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
-        "timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "snr_shift_scale": 3.0,
-    },
-    "LTXVideoTransformer3DModel": {
-        "_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "base_image_seq_len": 1024,
-        "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1,
-    },
-}  # fmt: skip
 
 
 class Scheduler:
@@ -96,8 +82,9 @@ def config_of(pipeline: Path | None, class_name: str) -> tuple[Mapping[str, Any]
     if pipeline is not None:
         path = pipeline / "scheduler" / "scheduler_config.json"
         return read_json(path), str(path)
-    if class_name not in DEFAULTS:
+    family = families.find(class_name)
+    if family is None or family.scheduler is None:
         raise ModelError(
             f"no scheduler of {class_name} is known", hint="give the pipeline folder, which has one, or --trajectories"
         )
-    return DEFAULTS[class_name], f"default of {class_name}"
+    return family.scheduler, f"default of {class_name}"

@@ -46,14 +46,14 @@ def load(spec: str, options: Options) -> Model:
     module = _module(networks, index, horizon, folder)
     facts: dict[str, Any] = {
         "class": first.class_name,
-        "frames": call.frames,
-        "height": call.height,
-        "width": call.width,
+        "frames": call.size.frames,
+        "height": call.size.height,
+        "width": call.size.width,
         "settings": {name: value for name, value in first.config.items() if not name.startswith("_")},
     }
     if recorded is not None:
         example = dict(next(iter(recorded))[0]["inputs"])
-        text = {name: tensor for name, tensor in example.items() if name.startswith("encoder_")}
+        text = {name: tensor for name, tensor in example.items() if name not in ("hidden_states", "timestep")}
         latent = torch.zeros(call.latent)
         _denoise.check_recorded(recorded, _denoise.inputs(call, latent, example["timestep"], text), folder)
         return Model(module, example, recorded, metadata={"config": facts, "notes": notes})

@@ -1,0 +1,41 @@
+"""Latte: spatial and temporal blocks in turn; frames, then patches, are the batch."""
+
+from __future__ import annotations
+
+from vdq_export.sources.families._family import Family, Published, Tiny
+
+_COMMON = {
+    "in_channels": 4, "out_channels": 8, "patch_size": 2, "attention_bias": True, "activation_fn": "gelu-approximate",
+    "norm_eps": 1e-6, "norm_type": "ada_norm_single", "norm_elementwise_affine": False, "num_embeds_ada_norm": 1000,
+}  # fmt: skip
+
+FAMILY = Family(
+    name="Latte",
+    class_name="LatteTransformer3DModel",
+    pipelines=("LattePipeline",),
+    video=(16, 512, 512),
+    guidance=7.5,
+    text_tokens=120,
+    temporal=1,
+    integer_time=True,
+    published=(
+        Published(
+            "Latte-1 T2V",
+            {
+                **_COMMON, "num_layers": 28, "attention_head_dim": 72, "cross_attention_dim": 1152,
+                "caption_channels": 4096,
+            },
+            1.057e9,
+            454,
+        ),
+    ),
+    tiny=(
+        Tiny(
+            {
+                **_COMMON, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 24,
+                "cross_attention_dim": 48, "sample_size": 8, "caption_channels": 32, "video_length": 4,
+            },
+            (4, 64, 64),
+        ),
+    ),
+)  # fmt: skip

@@ -1,0 +1,22 @@
+"""SkyReels-V2: Wan's blocks under another name, complex rotary tables."""
+
+from __future__ import annotations
+
+from vdq_export.sources.families._family import Family, Tiny
+
+FAMILY = Family(
+    name="SkyReelsV2",
+    class_name="SkyReelsV2Transformer3DModel",
+    pipelines=("SkyReelsV2Pipeline",),
+    video=(97, 544, 960),
+    text_tokens=512,
+    tiny=(
+        Tiny(
+            {
+                "num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "text_dim": 32,
+                "freq_dim": 32, "ffn_dim": 96, "num_layers": 2, "rope_max_seq_len": 16,
+            },
+            (5, 64, 64),
+        ),
+    ),
+)  # fmt: skip
