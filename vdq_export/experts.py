@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 
+from vdq_export.checkpoint import Checkpoint
 from vdq_export.errors import ModelError
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")  # it becomes a part of file and plan names, between dots
@@ -23,11 +24,16 @@ _NAME = re.compile(r"[a-z][a-z0-9_-]*")  # it becomes a part of file and plan na
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """One network and the timesteps it serves. Raises ModelError for a name or range that cannot be."""
+    """One network and the timesteps it serves; checkpoint, make: as a Model's.
+
+    Raises ModelError for a name or range that cannot be.
+    """
 
     name: str
     module: torch.nn.Module
     t: tuple[float, float]
+    checkpoint: Checkpoint | None = None
+    make: Callable[[], torch.nn.Module] | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol, TypedDict
 import numpy as np
 import torch
 
+from vdq_export import on_demand
+from vdq_export.checkpoint import Checkpoint
 from vdq_export.errors import ModelError
 from vdq_export.experts import Expert, Experts
 
@@ -62,6 +64,9 @@ class Model:
     dtypes fix the static graph. trajectories: an iterable (re-iterable; a callable that returns one also serves) of
     lists of Steps, for calibration. timestep_input: the input that carries t. sampler, judge: optional; with them
     `verify` compares whole clips.
+    checkpoint, make: weights that stay in their files, and what builds the network without them; `module` is then on
+    the meta device and loads them when it is first called, if they fit. prompt_inputs: the inputs that no step of a
+    guidance branch changes, as far as the source knows; None: unknown.
     Raises ModelError for inputs that are not tensors, weights that hold NaN or Inf, and Experts that look for another
     timestep input.
     """
@@ -74,6 +79,9 @@ class Model:
     sampler: Sampler | None = None
     judge: Judge | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
+    make: Callable[[], torch.nn.Module] | None = None
+    prompt_inputs: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in self.example_inputs.items():
@@ -89,9 +97,11 @@ class Model:
                 f"the experts go by {self.module.timestep_input!r}, the model by {self.timestep_input!r}",
                 hint="give both the same timestep_input",
             )
+        if (self.checkpoint is None) != (self.make is None):
+            raise ModelError(f"{self.name} has one of checkpoint and make", hint="give both or neither")
         self.module.eval()
-        for name, tensor in self.module.state_dict().items():
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        for name, tensor in self.module.state_dict().items():  # those of a checkpoint: Checkpoint.digest()
+            if not tensor.is_meta and tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise ModelError(f"weight {name} of {self.name} holds NaN or Inf", hint="fix the checkpoint")
 
     @property
@@ -118,6 +128,9 @@ class Model:
                     name=f"{self.name}/{one.name}",
                     timestep_input=self.timestep_input,
                     metadata=dict(self.metadata),
+                    checkpoint=one.checkpoint,
+                    make=one.make,
+                    prompt_inputs=self.prompt_inputs,
                 ),
             )
             for one in self.experts
@@ -131,9 +144,15 @@ class Model:
         return self.trajectories() if callable(self.trajectories) else self.trajectories
 
     def weight_hash(self) -> str:
-        """sha256 over names, dtypes, shapes and bytes of the weights, the input signature, and the experts' ranges."""
+        """sha256 over names, dtypes, shapes and bytes of the weights, the input signature, and the experts' ranges.
+
+        Of a checkpoint its bytes as they are stored, once read. Raises ModelError where those hold NaN or Inf.
+        """
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
+        checkpoints = [x for x in (self.checkpoint, *(one.checkpoint for one in self.experts)) if x is not None]
+        for checkpoint in checkpoints:
+            digest.update(checkpoint.digest().encode())
+        for name, tensor in [] if checkpoints else sorted(self.module.state_dict().items()):
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         for name, tensor in self.example_inputs.items():
@@ -142,8 +161,18 @@ class Model:
             digest.update(f"{one.name}|{one.t[0]!r}|{one.t[1]!r}|".encode())
         return digest.hexdigest()
 
+    def materialized(self) -> torch.nn.Module:
+        """The module with its weights loaded. Raises ModelError where they do not fit in memory."""
+        for checkpoint, module, name in (
+            (self.checkpoint, self.module, self.name),
+            *((one.checkpoint, one.module, f"{self.name}/{one.name}") for one in self.experts),
+        ):
+            if checkpoint is not None:
+                on_demand.load(module, checkpoint, name)
+        return self.module
+
     def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
-        """The network's output tensor, without gradients."""
+        """The network's output tensor, without gradients. Raises ModelError for weights that do not fit in memory."""
         with torch.no_grad():
             return first_tensor(self.module(**inputs))
 

@@ -2,7 +2,7 @@
 
 torch.export traces the module, torch.onnx lowers it without its optimizer (which merges equal initializers and so loses
 whose they are), and the values are renamed from the module stack each node carries. Weights are not copied: the graph's
-large constants are views of the module's own tensors.
+large constants are views of the module's own tensors, or of the checkpoint's files where the module has none.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,16 @@ import torch
 from onnxscript.optimizer import fold_constants
 
 from vdq_export import ort
+from vdq_export.checkpoint import Checkpoint
 from vdq_export.errors import TraceError
-from vdq_export.graph import INLINE_BYTES, Array, Graph, Unbound
+from vdq_export.graph import INLINE_BYTES, Array, Graph, Unbound, bind
 from vdq_export.model import Model, first_tensor
+from vdq_export.program import mended
 
 OPSET = 21
+# A model is compared with torch up to this size (of its weights in float32): torch and onnxruntime then hold it a
+# second and a third time, and a network of that class has been compared once it was traced with few layers.
+COMPARED_BYTES = 2**30
 OUTPUT = "sample"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 PREFIX = "network"  # attribute name of the wrapped module; stripped from every name
@@ -54,15 +60,44 @@ def trace(model: Model, *, tolerance: float = 1e-4) -> Graph:
     """
     if model.experts:
         raise TraceError(f"{model.name} is {len(model.experts)} networks", hint="trace each of model.networks()")
-    intermediate = to_onnx(model.name, model.module, model.example_inputs)
-    tidy(intermediate)
-    graph = to_graph(intermediate, source=model.weight_hash())
+    if model.checkpoint is None:
+        graph = _with_weights(model)
+    else:
+        graph = _with_checkpoint(model, model.checkpoint)
+        if model.checkpoint.nbytes_computed > COMPARED_BYTES:
+            return graph
     error = float_error(graph, model) if tolerance < math.inf else 0.0
     if not error <= tolerance:
         raise TraceError(
             f"{model.name}: graph and module differ by {error:.2e} of the largest output (allowed {tolerance:.0e})",
             hint="a module whose forward depends on data or randomness cannot be traced",
         )
+    return graph
+
+
+def _with_weights(model: Model) -> Graph:
+    intermediate = to_onnx(model.name, model.materialized(), model.example_inputs)
+    tidy(intermediate)
+    return to_graph(intermediate, source=model.weight_hash())
+
+
+def _with_checkpoint(model: Model, checkpoint: Checkpoint) -> Graph:
+    """Traced without weights, which are then bound where they lie; they are hashed meanwhile.
+
+    A small network that cannot be traced so (a buffer of it is computed from weights) gets its weights before.
+    """
+    from vdq_export.trace_weightless import trace_weightless  # which is built on what is below
+
+    assert model.make is not None
+    with ThreadPoolExecutor(1) as pool:
+        source = pool.submit(model.weight_hash)
+        try:
+            graph = trace_weightless(model.make, model.example_inputs, name=model.name)
+        except TraceError:
+            if checkpoint.nbytes_computed > COMPARED_BYTES:
+                raise
+            return _with_weights(model)
+        bind(graph, checkpoint, source=source.result())
     return graph
 
 
@@ -80,10 +115,12 @@ def to_onnx(name: str, network: torch.nn.Module, inputs: Mapping[str, torch.Tens
     """What torch's exporter makes of `network`. Raises TraceError, which calls it `name`."""
     with _quiet(), torch.no_grad():
         try:
-            program = torch.export.export(_Wrapper(network), (), dict(inputs), strict=False)
+            program = mended(torch.export.export(_Wrapper(network), (), dict(inputs), strict=False))
             exported = torch.onnx.export(
                 program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False, output_names=[OUTPUT]
             )
+        except TraceError:
+            raise
         except Exception as error:  # the exporters raise whatever their internals raise
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise TraceError(f"{name} cannot be exported by torch {torch.__version__}: {first_line}") from error

@@ -1,39 +1,64 @@
 """A diffusers transformer from its folder: config.json says what it is, mapped safetensors hold its weights.
 
-The network is built without weights and each is bound by its module path, so nothing is loaded twice. No pickles, no
-code from the folder.
+The network is built without weights, which stay in their files; headers are compared with the config before any is
+read. No pickles, no code from the folder.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
+from vdq_export import on_demand
+from vdq_export.checkpoint import Checkpoint, Stored, read_header
 from vdq_export.errors import ModelError
 
 STEM = "diffusion_pytorch_model"
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
 class Network:
-    """A transformer with its weights. notes: what a person should know about how it was read."""
+    """A transformer without weights and its weights. notes: what a person should know about how it was read.
+
+    module: on the meta device; it loads the checkpoint when it is first called. fixed: arguments of every call.
+    """
 
     module: torch.nn.Module
     class_name: str
     config: dict[str, Any]
     notes: tuple[str, ...]
+    checkpoint: Checkpoint
+    build: Callable[[], torch.nn.Module]
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+    def make(self) -> torch.nn.Module:
+        """The network once more, for tracing: its saved buffers are real, its parameters nobody's."""
+        made = self.build()
+        saved = {name: buffer for name, buffer in made.named_buffers() if name in self.checkpoint}
+        for name, buffer in saved.items():
+            buffer.copy_(torch.from_numpy(np.array(self.checkpoint[name], np.float64)))
+        if self.fixed:
+            made.forward = partial(made.forward, **self.fixed)
+        return made
+
+    def fix(self, arguments: Mapping[str, Any]) -> None:
+        """Give the arguments that no step changes once, so that they become constants of the graph."""
+        self.fixed.update(arguments)
+        if arguments:
+            self.module.forward = partial(self.module.forward, **arguments)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -58,16 +83,19 @@ def read(folder: Path) -> Network:
     notes = (
         [f"{folder / 'config.json'}: {kind.__name__} does not know {', '.join(unknown)}; ignored"] if unknown else []
     )
+    build = partial(kind.from_config, {k: v for k, v in settings.items() if k in expected})
     try:
         with _without_weights():
-            module: torch.nn.Module = kind.from_config({k: v for k, v in settings.items() if k in expected})
+            module: torch.nn.Module = build()
     except Exception as error:  # what a class makes of settings that cannot be is its own affair
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ModelError(
             f"{folder / 'config.json'}: {kind.__name__} cannot be built from it: {why}", hint="restore the file"
         ) from error
-    notes += _bind(module, files, folder, getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ())
-    return Network(module, kind.__name__, config, tuple(notes))
+    optional = getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ()
+    checkpoint, told = _checked(module, files, folder, optional)
+    on_demand.on_demand(module, checkpoint, str(folder))
+    return Network(module, kind.__name__, config, (*notes, *told), checkpoint, build)
 
 
 def _class(config: Mapping[str, Any], path: Path) -> Any:
@@ -108,8 +136,7 @@ def _files(folder: Path) -> dict[str, Path]:
     only = folder / f"{STEM}.safetensors"
     found = [only] if only.is_file() else sorted(folder.glob("*.safetensors"))
     if len(found) == 1:
-        with _opened(found[0]) as handle:
-            return dict.fromkeys(handle.keys(), found[0])
+        return dict.fromkeys(read_header(found[0]), found[0])
     if found:
         raise ModelError(
             f"{folder} has {len(found)} safetensors files and no {index.name}", hint=f"keep one, as {only.name}"
@@ -122,11 +149,15 @@ def _files(folder: Path) -> dict[str, Path]:
     raise ModelError(f"{folder} has no weights: {only.name} is missing", hint="fetch it again")
 
 
-def _bind(module: torch.nn.Module, files: Mapping[str, Path], folder: Path, optional: Iterator[str] | Any) -> list[str]:
-    """Give every parameter and saved buffer its tensor. Headers are compared with the config before any is read."""
-    wanted = module.state_dict()
+def _checked(
+    module: torch.nn.Module, files: Mapping[str, Path], folder: Path, optional: Any
+) -> tuple[Checkpoint, list[str]]:
+    """(every parameter and saved buffer of `module`, notes). Only headers are read."""
+    wanted, aliases = module.state_dict(), _aliases(module)
     files = {name: file for name, file in files.items() if name in wanted or not _matches(name, optional)}
-    if missing := sorted(wanted.keys() - files.keys()):
+    # A parameter that several modules share is stored once, under any of its names.
+    stored_as = {name: next((x for x in names if x in files), name) for names in aliases for name in names}
+    if missing := sorted(name for name in wanted if stored_as.get(name, name) not in files):
         raise ModelError(
             f"{_source(folder)}: tensor {missing[0]} is missing{_others(missing)}",
             hint="the weights and config.json do not match",
@@ -136,54 +167,48 @@ def _bind(module: torch.nn.Module, files: Mapping[str, Path], folder: Path, opti
             f"{files[extra[0]]}: tensor {extra[0]} is unexpected{_others(extra)}",
             hint="the weights and config.json do not match",
         )
-    tensors: dict[str, torch.Tensor] = {}
-    cast = dict[str, int]()
+    tensors, cast = dict[str, Stored](), dict[str, int]()
     for file in sorted(set(files.values())):
-        with _opened(file) as handle:
-            held = set(handle.keys())
-            for name in sorted(n for n, f in files.items() if f == file):
-                if name not in held:
-                    raise ModelError(f"{file}: tensor {name} is missing", hint="the index and this shard do not match")
-                stored, kind = _checked(handle, name, wanted[name], file)
-                tensors[name] = stored
-                if kind:
-                    cast[kind] = cast.get(kind, 0) + 1
-    module.load_state_dict(tensors, strict=True, assign=True)
-    return [
+        held = read_header(file)
+        for name in sorted(n for n, f in files.items() if f == file):
+            if name not in held:
+                raise ModelError(f"{file}: tensor {name} is missing", hint="the index and this shard do not match")
+            _check(held[name], name, wanted[name])
+            tensors[name] = held[name]
+            if wanted[name].is_floating_point() and held[name].kind != "F32":
+                kind = _FLOATS[held[name].kind]
+                cast[kind] = cast.get(kind, 0) + 1
+    notes = [
         f"{folder}: {count} tensors of {kind} are computed in float32, as every CPU kernel here does"
         for kind, count in sorted(cast.items())
     ]
+    return Checkpoint(tensors, {name: as_ for name, as_ in stored_as.items() if name not in tensors}), notes
 
 
-def _checked(handle: Any, name: str, wanted: torch.Tensor, file: Path) -> tuple[torch.Tensor, str]:
-    """(a tensor as the network takes it, the type it was cast from or "")."""
-    header = handle.get_slice(name)
-    shape, dtype = tuple(header.get_shape()), str(header.get_dtype())
-    if shape != tuple(wanted.shape):
+def _aliases(module: torch.nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [found for found in names.values() if len(found) > 1]
+
+
+def _check(stored: Stored, name: str, wanted: torch.Tensor) -> None:
+    """Raises ModelError for a tensor that is not what the network takes."""
+    if stored.shape != tuple(wanted.shape):
         raise ModelError(
-            f"{file}: tensor {name} has shape {list(shape)}, config.json says {list(wanted.shape)}",
+            f"{stored.file}: tensor {name} has shape {list(stored.shape)}, config.json says {list(wanted.shape)}",
             hint="the weights and config.json do not match",
         )
-    if wanted.is_floating_point() and dtype not in _FLOATS:
+    if wanted.is_floating_point() and stored.kind not in _FLOATS:
         raise ModelError(
-            f"{file}: tensor {name} is of type {dtype}, where the model has floating-point weights",
+            f"{stored.file}: tensor {name} is of type {stored.kind}, where the model has floating-point weights",
             hint=f"save the unquantized weights as one of {', '.join(_FLOATS)}",
         )
-    tensor = handle.get_tensor(name)
-    if not wanted.is_floating_point():
-        if tensor.dtype != wanted.dtype:
-            raise ModelError(f"{file}: tensor {name} is of type {dtype}, not {wanted.dtype}", hint="restore the file")
-        return tensor, ""
-    return tensor.float(), "" if dtype == "F32" else str(tensor.dtype).removeprefix("torch.")
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as handle:  # mapped: tensors are read when they are used
-            yield handle
-    except SafetensorError as error:
-        raise ModelError(f"{file} is no whole safetensors file: {error}", hint="fetch it again") from error
+    if not wanted.is_floating_point() and str(wanted.dtype) != f"torch.{stored.dtype.name}":
+        raise ModelError(
+            f"{stored.file}: tensor {name} is of type {stored.kind}, not {wanted.dtype}", hint="restore the file"
+        )
 
 
 @contextmanager
@@ -192,7 +217,9 @@ def _without_weights() -> Iterator[None]:
     register = torch.nn.Module.register_parameter
 
     def shape_only(self: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
-        register(self, name, None if param is None else torch.nn.Parameter(param.to("meta"), param.requires_grad))
+        if param is not None and not param.is_meta:  # one that is: shared with another module, and stays so
+            param = torch.nn.Parameter(param.to("meta"), param.requires_grad)
+        register(self, name, param)
 
     torch.nn.Module.register_parameter = shape_only  # type: ignore[method-assign]
     try:
