@@ -15,6 +15,7 @@ import numpy as np
 
 from vdq_export.bundle import Bundle
 from vdq_export.errors import BundleError, ScheduleError
+from vdq_export.fixed_arguments import same
 from vdq_export.plan import Branch, Precision
 from vdq_export.runtime.batching import Array, batch_of, primary, run_batched, timesteps
 from vdq_export.runtime.engine import Engine, Statistics
@@ -48,12 +49,16 @@ class Transformer:
     Torch tensors give a torch tensor of the first input's dtype and device, numpy arrays a numpy array. Each sample
     runs on the graph of its timestep and of the guidance branch named by cache_context(). Thread-safe; close() it.
     A policy that looks at the steps before takes each thread's calls for one clip after another; see reset().
+    Arguments that the export fixed may be passed, and must be what they were (model.config.fixed of the manifest).
     """
 
     def __init__(self, bundle: Bundle, schedule: Schedule, engine: Engine, probes: Probes) -> None:
         self.bundle = bundle
         self.schedule = schedule
-        self.config = Config(bundle.manifest.model.config)
+        about = bundle.manifest.model.config
+        self.config = Config({**_part(about, "settings"), **about})
+        self._fixed = _part(about, "fixed")
+        self._seen_fixed: dict[str, Any] = {}
         self._signature = bundle.manifest.signature
         self._engine = engine
         self._probes = probes
@@ -186,12 +191,30 @@ class Transformer:
                 raise BundleError(f"input {name!r} was given twice")
             if name in names:
                 inputs[name] = value
+            elif name in self._fixed:
+                self._check_fixed(name, value)
             elif value is not None and not (isinstance(value, Mapping) and not value):
                 raise BundleError(f"the graphs have no input {name!r}", hint=f"they take {', '.join(names)}")
         missing = [name for name in names if inputs.get(name) is None]
         if missing:
             raise BundleError(f"input {missing[0]!r} is missing", hint=f"the graphs take {', '.join(names)}")
         return inputs
+
+    def _check_fixed(self, name: str, value: Any) -> None:
+        """An argument that the export fixed, as sizes and rotary tables, is what it was. The last one is remembered."""
+        known = self._seen_fixed.get(name)
+        if value is not None and value is not known and not same(value, self._fixed[name]):
+            raise BundleError(
+                f"{name} is not what the graphs were made with",
+                hint="call at the frames, height and width of the export, or export again",
+            )
+        self._seen_fixed[name] = value
+
+
+def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The mapping `name` within a model's configuration, which may hold anything; else an empty one."""
+    found = config.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _to_numpy(value: Any, dtype: str) -> Array:
