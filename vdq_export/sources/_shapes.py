@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +149,3 @@ def _check_sizes(
                 f"{origin} cannot take a {name} of {size}",
                 hint=f"allowed are multiples of {multiple}, for example {below} or {below + multiple}",
             )
-
-
-def fix(network: Network, fixed: Mapping[str, Any]) -> None:
-    """Give the arguments that no step changes once, so that they become constants of the graph."""
-    if fixed:
-        network.module.forward = partial(network.module.forward, **fixed)

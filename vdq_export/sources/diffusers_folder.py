@@ -40,7 +40,7 @@ def load(spec: str, options: Options) -> Model:
     prompts = None if options.prompt_embeds is None else _denoise.read_embeddings(Path(options.prompt_embeds))
     call = _shapes.call(first, spec, _vae(pipeline), options, _tokens(recorded, prompts))
     for one in networks:
-        _shapes.fix(one, call.fixed)
+        one.fix(call.fixed)
     notes = [note for one in networks for note in one.notes]
     horizon = _horizon(pipeline, first.class_name) if len(networks) > 1 else 0.0
     module = _module(networks, index, horizon, folder)
@@ -56,7 +56,7 @@ def load(spec: str, options: Options) -> Model:
         text = {name: tensor for name, tensor in example.items() if name not in ("hidden_states", "timestep")}
         latent = torch.zeros(call.latent)
         _denoise.check_recorded(recorded, _denoise.inputs(call, latent, example["timestep"], text), folder)
-        return Model(module, example, recorded, metadata={"config": facts, "notes": notes})
+        return _model(module, networks, call, example, recorded, {"config": facts, "notes": notes})
     guidance = call.family.guidance if options.guidance is None else options.guidance
     config, origin = _scheduling.config_of(pipeline, first.class_name)
     if pipeline is None:
@@ -72,7 +72,28 @@ def load(spec: str, options: Options) -> Model:
     generated = _denoise.Generated(module, call, scheduler, prompts, guidance)
     example = _denoise.inputs(call, torch.zeros(call.latent), scheduler.timesteps[0], prompts[0]["cond"])
     facts |= {"scheduler": scheduler.name, "steps": steps, "guidance": guidance, "shift": options.shift}
-    return Model(module, example, generated, metadata={"config": facts, "notes": notes})
+    return _model(module, networks, call, example, generated, {"config": facts, "notes": notes})
+
+
+def _model(
+    module: torch.nn.Module,
+    networks: list[Network],
+    call: _shapes.Call,
+    example: dict[str, Any],
+    trajectories: Recorded | _denoise.Generated,
+    metadata: dict[str, Any],
+) -> Model:
+    """The model, whose weights stay in their files; experts have theirs each."""
+    one = networks[0] if len(networks) == 1 else None
+    return Model(
+        module,
+        example,
+        trajectories,
+        metadata=metadata,
+        checkpoint=None if one is None else one.checkpoint,
+        make=None if one is None else one.make,
+        prompt_inputs=tuple(name for name in example if name in call.inputs),
+    )
 
 
 def _refuse_both(options: Options) -> None:
@@ -143,8 +164,8 @@ def _module(networks: list[Network], index: Mapping[str, Any], horizon: float, f
             hint="it says, between 0 and 1, where the second one begins",
         )
     boundary = ratio * horizon
-    high, low = (one.module for one in networks)
-    return Experts([Expert("high", high, (boundary, horizon)), Expert("low", low, (0.0, boundary))])
+    ranges = zip(networks, ("high", "low"), ((boundary, horizon), (0.0, boundary)), strict=True)
+    return Experts([Expert(name, one.module, t, one.checkpoint, one.make) for one, name, t in ranges])
 
 
 def _horizon(pipeline: Path | None, class_name: str) -> float:
