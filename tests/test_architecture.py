@@ -38,6 +38,7 @@ LAYERS = {
     "vdq_export.on_demand": 1,
     "vdq_export.experts": 1,
     "vdq_export.model": 1,
+    "vdq_export.segments": 1,
     "vdq_export.policy": 1,
     "vdq_export.fixed_arguments": 1,
     "vdq_export.probe": 1,

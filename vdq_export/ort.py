@@ -21,8 +21,9 @@ def session(
     options: Mapping[str, str] | None = None,
     optimised_path: str | None = None,
     exact: bool = False,
+    provider: str = "CPUExecutionProvider",
 ) -> ort.InferenceSession:
-    """A CPU session of `graph`; `outputs` names inner values to return as well.
+    """A session of `graph`, on CPUs by default; `outputs` names inner values to return as well.
 
     options: onnxruntime session config entries. optimised_path: write the optimised graph there. exact: every operator
     as it stands, none fused or replaced by an integer kernel.
@@ -50,7 +51,9 @@ def session(
     names = list(arrays)
     values = [_value(np.ascontiguousarray(arrays[n])) for n in names]
     settings.add_external_initializers(names, values)
-    return ort.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        proto.SerializeToString(), settings, providers=list(dict.fromkeys([provider, "CPUExecutionProvider"]))
+    )
 
 
 def _value(array: Array) -> ort.OrtValue:
