@@ -14,7 +14,9 @@ import msgspec
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from vdq_export import interfaces
 from vdq_export.errors import BundleError
+from vdq_export.interfaces import Interface
 from vdq_export.manifest import MANIFEST, REPORT, SCHEDULE, FileEntry, Manifest, safe_path
 from vdq_export.plan import Bin, QuantPlan
 from vdq_export.report.data import VerifyReport
@@ -58,9 +60,9 @@ class Bundle:
         for graph in schedule.graphs:
             if manifest.file(graph) is None:
                 raise BundleError(f"{root / SCHEDULE}: graph {graph!r} is not in the bundle")
-        for entry in manifest.files:
-            if entry.path.endswith(".onnx"):
-                _check_references(root, manifest, entry.path)
+        onnx_files = [entry.path for entry in manifest.files if entry.path.endswith(".onnx")]
+        found = {path: _check_references(root, manifest, path) for path in onnx_files}
+        interfaces.check(root, manifest, schedule, found)
         return bundle
 
     @property
@@ -202,8 +204,11 @@ def _read(root: Path, manifest: Manifest, path: str) -> bytes:
     return (root / path).read_bytes()
 
 
-def _check_references(root: Path, manifest: Manifest, graph: str) -> None:
-    """Every file a graph refers to (external data, compiled contexts) is inside its folder and in the manifest."""
+def _check_references(root: Path, manifest: Manifest, graph: str) -> Interface:
+    """Every file a graph refers to (external data, compiled contexts) is inside its folder and in the manifest.
+
+    Returns what the graph takes and gives.
+    """
     origin = str(root / graph)
     model = onnx.ModelProto()
     try:
@@ -231,6 +236,7 @@ def _check_references(root: Path, manifest: Manifest, graph: str) -> None:
             binary = safe_path(file, f"{origin}, node {node.name}")
             if manifest.file(f"{graph.rpartition('/')[0]}/{binary}".lstrip("/")) is None:
                 raise BundleError(f"{origin}, node {node.name}: {binary} is not a file of the bundle")
+    return interfaces.interface(model)
 
 
 def _tensors(graph: onnx.GraphProto, model: onnx.ModelProto | None = None) -> Iterator[onnx.TensorProto]:

@@ -11,6 +11,7 @@ import msgspec
 from vdq_export.bundle import Bundle
 from vdq_export.runtime import families
 from vdq_export.runtime import providers as backends
+from vdq_export.runtime.ahead import Ahead
 from vdq_export.runtime.engine import Engine
 from vdq_export.runtime.probes import Probes
 from vdq_export.runtime.session import SessionFactory
@@ -53,5 +54,6 @@ def load(
     # Other providers compile a graph for their device, where scales have to be constants.
     found = families.find(graphs) if share and backend.on_cpu else families.alone(graphs)
     factory = SessionFactory(backend, options, threads, several=len(found) > 1)
-    probes = Probes(bundle.path, schedule.reuse, bundle.manifest.signature, factory)
-    return Transformer(bundle, schedule, Engine(found, schedule, factory, prefetch=prefetch), probes)
+    ahead = Ahead(bundle, schedule, threads)
+    probes = Probes(bundle.path, schedule.reuse, bundle.manifest.signature, factory, ahead)
+    return Transformer(bundle, schedule, Engine(found, schedule, factory, ahead, prefetch=prefetch), probes)

@@ -6,7 +6,7 @@ call and G in the graph; others (rotary tables, sizes) go to every run as they a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,10 +48,18 @@ def timesteps(signature: Signature, value: Array, batch: int) -> tuple[Array, li
     return value, [float(t) for t in value.reshape(batch, -1).max(axis=1)]
 
 
-def run_batched(signature: Signature, inputs: Mapping[str, Array], bins: Sequence[int], run: Run) -> Array:
+def run_batched(
+    signature: Signature,
+    inputs: Mapping[str, Array],
+    bins: Sequence[int],
+    run: Run,
+    *,
+    one_timestep: Collection[int] = (),
+) -> Array:
     """Result [B, …] of run(bin, inputs) over chunks of G samples of one bin; a short chunk repeats its last sample.
 
-    bins: of each sample; the timestep input is as timesteps() returned it.
+    bins: of each sample; the timestep input is as timesteps() returned it. one_timestep: bins that want samples of one
+    timestep in a chunk even if their graph takes G.
     Raises BundleError for shapes that fit neither the graph nor a batch of it.
     """
     batch, group = len(bins), primary(signature).shape[0] if primary(signature).shape else 1
@@ -59,7 +67,7 @@ def run_batched(signature: Signature, inputs: Mapping[str, Array], bins: Sequenc
     for info in signature.inputs:
         if info.name != signature.timestep and _is_batched(info, inputs[info.name].shape, batch, group):
             batched.add(info.name)
-    kinds = _kinds(signature, inputs[signature.timestep], bins, group)
+    kinds = _kinds(signature, inputs[signature.timestep], bins, group, one_timestep)
     if batch == group and len(set(kinds)) == 1:
         return run(bins[0], {info.name: _fit(info, inputs[info.name]) for info in signature.inputs})
     parts: list[tuple[list[int], Array]] = []
@@ -82,11 +90,14 @@ def run_batched(signature: Signature, inputs: Mapping[str, Array], bins: Sequenc
     return result
 
 
-def _kinds(signature: Signature, t: Array, bins: Sequence[int], group: int) -> list[tuple[int, float]]:
-    """Samples of one kind may share a run: same bin, and same t where the graph takes a single t for all G."""
+def _kinds(
+    signature: Signature, t: Array, bins: Sequence[int], group: int, one_timestep: Collection[int]
+) -> list[tuple[int, Hashable]]:
+    """Samples of one kind may share a run: same bin, and same t where one t has to do for all G."""
     info = next(one for one in signature.inputs if one.name == signature.timestep)
     if info.shape[:1] == (group,):
-        return [(chosen, 0.0) for chosen in bins]
+        every = zip(bins, t, strict=True)
+        return [(chosen, one.tobytes() if chosen in one_timestep else 0) for chosen, one in every]
     return [(chosen, float(one)) for chosen, one in zip(bins, t.reshape(-1), strict=True)]
 
 

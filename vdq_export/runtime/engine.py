@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import onnxruntime as ort
 
 from vdq_export.plan import Branch, Precision
+from vdq_export.runtime.ahead import Ahead, bind
 from vdq_export.runtime.families import Array, Family
 from vdq_export.runtime.session import SessionPool
 from vdq_export.schedule import Schedule
@@ -20,6 +21,7 @@ class Statistics:
 
     Of all `steps` (docs/schedule.md), so many ran in low and in high precision, and so many did not run at all.
     average_bits: of activations over the steps that ran; None before the first, or when the bundle does not say.
+    …_runs: of the graphs that run ahead of the bins', table_hits: calls whose timestep had its row (docs/hoisting.md).
     """
 
     calls: int = 0
@@ -33,16 +35,21 @@ class Statistics:
     stall_seconds: float = 0.0
     longest_stall: float = 0.0
     first_load_seconds: float = 0.0
+    prompt_runs: int = 0
+    step_runs: int = 0
+    mixed_runs: int = 0
+    table_hits: int = 0
 
 
 class Engine:
-    """The sessions of a bundle's families. Thread-safe; close() it."""
+    """The sessions of a bundle's families, and of what runs ahead of them. Thread-safe; close() it."""
 
     def __init__(
         self,
         families: Sequence[Family],
         schedule: Schedule,
         make: Callable[[Family], ort.InferenceSession],
+        ahead: Ahead,
         *,
         prefetch: bool = True,
     ) -> None:
@@ -55,6 +62,7 @@ class Engine:
             for index, values in family.constants.items()
         }
         self._schedule = schedule
+        self._ahead = ahead
         self._prefetch = prefetch
         self._pool = SessionPool(lambda number: make(self._families[number]))
         self._lock = threading.Lock()
@@ -62,16 +70,16 @@ class Engine:
         self._statistics = Statistics()
 
     def run(self, index: int, branch: Branch, inputs: Mapping[str, Array], output: str) -> Array:
-        """The value `output` of bin `index` for contiguous inputs. branch: of the call, to foresee what comes next.
+        """The value `output` of bin `index` for the model's inputs, contiguous; its graph may take some of them only.
 
-        Raises BundleError when the graph does not load and after close().
+        branch: of the call, to foresee what comes next. Raises BundleError when a graph does not load and after
+        close(), ScheduleError for a timestep that the bundle has nothing for.
         """
-        session = self._session(index, branch)
-        binding = session.io_binding()  # its own in every call: a shared one would mix the inputs of two threads
-        for name, constant in self._constants[index].items():
+        session, constants = self._session(index, branch), self._constants[index]
+        taken = [one.name for one in session.get_inputs() if one.name not in constants]
+        binding = bind(session, self._ahead.feeds(index, taken, inputs))
+        for name, constant in constants.items():
             binding.bind_ortvalue_input(name, constant)
-        for name, value in inputs.items():
-            binding.bind_cpu_input(name, value)
         binding.bind_output(output)
         session.run_with_iobinding(binding)
         result: Array = binding.copy_outputs_to_cpu()[0]
@@ -94,7 +102,8 @@ class Engine:
     def statistics(self) -> Statistics:
         """A copy of the counts so far."""
         with self._lock:
-            return replace(self._statistics, loads=self._pool.loads, average_bits=self._average_bits())
+            counted = {"loads": self._pool.loads, "average_bits": self._average_bits(), **vars(self._ahead.counts)}
+            return replace(self._statistics, **counted)
 
     def _average_bits(self) -> float | None:
         counts, bits = self._statistics, self._schedule.bits
@@ -113,6 +122,12 @@ class Engine:
     def close(self) -> None:
         """Free sessions and threads; idempotent."""
         self._pool.close()
+        self._ahead.close()
+
+    @property
+    def one_timestep(self) -> frozenset[int]:
+        """Bins that take a single timestep in each run."""
+        return self._ahead.one_timestep
 
     def _session(self, index: int, branch: Branch) -> ort.InferenceSession:
         with self._lock:

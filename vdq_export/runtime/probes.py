@@ -11,6 +11,7 @@ import onnxruntime as ort
 from vdq_export.manifest import Signature
 from vdq_export.policy import CachePolicy
 from vdq_export.runtime import families
+from vdq_export.runtime.ahead import Ahead, bind
 from vdq_export.runtime.batching import Array, batch_of, run_batched
 from vdq_export.runtime.families import Family
 
@@ -24,27 +25,33 @@ class Probes:
         policy: CachePolicy | None,
         signature: Signature,
         make: Callable[[Family], ort.InferenceSession],
+        ahead: Ahead,
     ) -> None:
         self._root = root
         self._policy = policy
         self._signature = signature
         self._make = make
+        self._ahead = ahead
         self._lock = threading.Lock()
         self._sessions: dict[str, ort.InferenceSession] = {}
 
-    def run(self, expert: str, inputs: Mapping[str, Array]) -> Array:
-        """The modulated input of one expert for a call's inputs; a probe may need some of them only.
+    def run(self, index: int, expert: str, inputs: Mapping[str, Array]) -> Array:
+        """The modulated input of `expert` for a call that bin `index` is for; a probe takes what it needs of its inputs
+        and of what runs ahead of the bin.
 
         Raises ScheduleError when the bundle has no probe for `expert`, BundleError when it does not load.
         """
         session = self._session(expert)
         wanted = [one.name for one in session.get_inputs()]
 
-        def run(_: int, feeds: dict[str, Array]) -> Array:
-            result: Array = session.run(None, {name: feeds[name] for name in wanted})[0]
+        def run(chosen: int, feeds: dict[str, Array]) -> Array:
+            binding = bind(session, self._ahead.feeds(chosen, wanted, feeds))
+            binding.bind_output(session.get_outputs()[0].name)
+            session.run_with_iobinding(binding)
+            result: Array = binding.copy_outputs_to_cpu()[0]
             return result
 
-        return run_batched(self._signature, inputs, [0] * batch_of(self._signature, inputs), run)
+        return run_batched(self._signature, inputs, [index] * batch_of(self._signature, inputs), run)
 
     def close(self) -> None:
         with self._lock:

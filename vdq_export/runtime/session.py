@@ -69,11 +69,20 @@ class SessionFactory:
     """Makes the session of a family.
 
     options: onnxruntime config entries; they win over SHARING. threads: of one operator; None lets onnxruntime choose.
-    several: more than one of its sessions will be alive.
+    several: more than one of its sessions will be alive. mapped: as the graphs that run ahead want it, see below.
     """
 
-    def __init__(self, backend: Backend, options: Mapping[str, str], threads: int | None, *, several: bool) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        options: Mapping[str, str],
+        threads: int | None,
+        *,
+        several: bool = False,
+        mapped: bool = False,
+    ) -> None:
         self._backend = backend
+        self._mapped = mapped
         self._weights = SharedWeights() if several and backend.on_cpu else None
         self._options = {**(SHARING if self._weights else {}), **options}
         self._threads = threads
@@ -84,6 +93,8 @@ class SessionFactory:
         settings.log_severity_level = 3
         if self._threads:
             settings.intra_op_num_threads = self._threads
+        if self._mapped:
+            _keep_mapped(settings)
         try:
             if self._options.get("session.use_env_allocators") == "1":
                 _share_arena()
@@ -98,6 +109,20 @@ class SessionFactory:
             return self._backend.session(family.model or str(family.graph), settings)
         except Exception as error:  # onnxruntime's exceptions share no base class but this one
             raise BundleError(f"onnxruntime cannot load {family.graph}: {str(error).strip()}") from error
+
+
+def _keep_mapped(settings: ort.SessionOptions) -> None:
+    """For graphs that run seldom: weights stay the pages of their file, and one layer's at a time becomes float.
+
+    With its own settings onnxruntime makes integer weights of float inputs into MatMulNBits, which keeps two to three
+    times their bytes in memory and rounds the inputs to 8 bits (1.5 % off). Below that level they stay
+    DequantizeLinear; nodes run in the file's order, in which each stands before its only reader (by default they all
+    run first); nothing that was freed is kept for later.
+    """
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    settings.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    settings.enable_cpu_mem_arena = settings.enable_mem_pattern = False
+    settings.add_session_config_entry("session.disable_prepacking", "1")
 
 
 def _share_arena() -> None:

@@ -163,8 +163,9 @@ class Transformer:
 
         def modulated() -> tuple[str, Array]:
             some = self.schedule.policy.precisions[0]
-            expert = self.schedule.bins[self.schedule.select(per_sample[0], branch, precision=some)].when.expert
-            return expert, self._probes.run(expert, arrays)
+            index = self.schedule.select(per_sample[0], branch, precision=some)
+            expert = self.schedule.bins[index].when.expert
+            return expert, self._probes.run(index, expert, arrays)
 
         clip, kind = self._clip, (branch, arrays[primary(self._signature).name].shape)
         call = clip.begin(max(per_sample), kind, modulated)
@@ -179,7 +180,8 @@ class Transformer:
         def run(index: int, feeds: dict[str, Array]) -> Array:
             return self._engine.run(index, branch, feeds, self._signature.outputs[0].name)
 
-        return run_batched(self._signature, arrays, [chosen[t] for t in per_sample], run)
+        bins, apart = [chosen[t] for t in per_sample], self._engine.one_timestep
+        return run_batched(self._signature, arrays, bins, run, one_timestep=apart)
 
     def _named(self, values: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
         names = [info.name for info in self._signature.inputs]
