@@ -14,9 +14,10 @@ import torch
 from vdq_export.errors import ModelError
 
 Config = Mapping[str, Any]
-Layout = Literal["CTHW", "TCHW", "tokens"]
-CHANNEL_AXIS = {"CTHW": 1, "TCHW": 2, "tokens": 2}
-TEXT_WIDTHS = ("caption_channels", "text_embed_dim", "text_dim", "cross_attention_dim")  # the first that is set
+Layout = Literal["CTHW", "TCHW", "THWC", "tokens"]
+CHANNEL_AXIS = {"CTHW": 1, "TCHW": 2, "THWC": 4, "tokens": 2}
+TEXT_WIDTHS = ("caption_channels", "text_embed_dim", "text_dim", "in_text_dim", "cross_attention_dim")  # first set
+CHANNELS = ("in_channels", "in_visual_dim")  # the first that is set
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,13 @@ class Input:
     """A tensor that a network takes beside latent and timestep, the same at every step of a guidance branch.
 
     value: what it holds where nothing is given (a mask of ones, a guidance scale); None: the prompt's, random in tests.
+    changes: it does change along the steps (a second timestep), and only recorded trajectories know how.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     value: float | None = None
+    changes: bool = False
 
     def make(self, generator: torch.Generator | None = None) -> torch.Tensor:
         """Its value everywhere, or normal numbers."""
@@ -112,6 +115,43 @@ def nothing(config: Config, size: Size) -> dict[str, Any]:
     return {}
 
 
+def conditioned(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
+    """Classifier-free guidance; scale 1 is none."""
+    return uncond + scale * (cond - uncond)
+
+
+def as_many(config: Config, frames: int) -> int:
+    """The network gets the latent frames there are."""
+    return frames
+
+
+def beside_noise(config: Config) -> int:
+    """Channels of hidden_states behind the noise's: those that the network takes and does not return."""
+    taken, returned = channels(config), config.get("out_channels")
+    return 0 if returned is None else max(0, taken - int(returned))
+
+
+def seeded(*shape: int) -> torch.Tensor:
+    """Normal numbers, the same at each call: in place of an image's latent."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def one_timestep(config: Config, size: Size) -> tuple[int, ...]:
+    """(1,): one timestep for the whole video."""
+    return (1,)
+
+
+def channels(config: Config) -> int:
+    """C, those beside the noise included. Raises ModelError where the configuration does not say."""
+    for name in CHANNELS:
+        if isinstance(config.get(name), int):
+            return int(config[name])
+    raise ModelError(
+        f"the configuration has no number of channels ({', '.join(CHANNELS)})",
+        hint="write a factory and give package.module:factory",
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """A transformer class: how it is called, what is published, and what its pipeline takes for granted.
@@ -121,11 +161,19 @@ class Family:
     defaults. scheduler: the published pipeline's configuration, for a transformer folder, which has none.
     temporal, spatial: frames and pixels that one latent element stands for, unless the pipeline's VAE says otherwise;
     first_alone: the first frame is a latent of its own. layout: axes of hidden_states behind the batch.
-    integer_time: its timesteps are int64.
+    integer_time: its timesteps are int64. timestep(config, size): shape of the timestep where it is not (1,).
+    hidden_states(config, size): shape of hidden_states where no layout says it.
+    network: makes the class where it is none of diffusers.
     inputs(config, size): tensors beside latent and timestep that no step of a branch changes.
     fixed(config, size): arguments given once for all, constants of the graph.
-    beside(config, size): channels [1, C', T, H, W] that hidden_states has behind the noise's (an image's latent and its
-    mask); None: the network is conditioned on the inputs alone.
+    beside(config, size): channels that hidden_states has behind the noise's (an image's latent and its mask), by the
+    layout; None: the network is conditioned on the inputs alone.
+    times(config, size): what a step's t is multiplied with, [1, tokens], where each token has a timestep; None: one for
+    all. guided(cond, uncond, scale): the prediction of both branches. frames(config, T): latent frames that the
+    network gets of so many, where it takes whole patches and the pipeline fills up.
+    prepare(network): gives a network whose shapes depend on data (tokens taken out by a mask) a form where they do not,
+    in place; parameters keep their names, and the outputs are equal for every mask, which the tests show.
+    The settings of the pipeline (boundary_ratio, …; "pipeline": its class) are in `config` too, if there is one.
     """
 
     name: str
@@ -141,9 +189,16 @@ class Family:
     first_alone: bool = True
     layout: Layout = "CTHW"
     integer_time: bool = False
+    timestep: Callable[[Config, Size], tuple[int, ...]] = one_timestep
+    hidden_states: Callable[[Config, Size], tuple[int, ...]] | None = None
+    network: Callable[[], type[torch.nn.Module]] | None = None
     inputs: Callable[[Config, Size], dict[str, Input]] = text
     fixed: Callable[[Config, Size], dict[str, Any]] = nothing
     beside: Callable[[Config, Size], torch.Tensor | None] | None = None
+    times: Callable[[Config, Size], torch.Tensor | None] | None = None
+    guided: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = conditioned
+    frames: Callable[[Config, int], int] = as_many
+    prepare: Callable[[torch.nn.Module], None] | None = None
     published: tuple[Published, ...] = ()
     tiny: tuple[Tiny, ...] = ()
 
@@ -164,8 +219,11 @@ class Family:
 
     def latent(self, config: Config, size: Size) -> tuple[int, ...]:
         """Shape of hidden_states, channels beside the noise included."""
-        c, t, h, w = int(config["in_channels"]), size.t, size.h, size.w
-        return {"CTHW": (1, c, t, h, w), "TCHW": (1, t, c, h, w), "tokens": (1, t * h * w, c)}[self.layout]
+        if self.hidden_states is not None:
+            return self.hidden_states(config, size)
+        c, t, h, w = channels(config), self.frames(config, size.t), size.h, size.w
+        whole = {"CTHW": (c, t, h, w), "TCHW": (t, c, h, w), "THWC": (t, h, w, c), "tokens": (t * h * w, c)}
+        return (1, *whole[self.layout])
 
     @property
     def channel_axis(self) -> int:
@@ -173,6 +231,8 @@ class Family:
 
     def network_class(self) -> type[torch.nn.Module]:
         """The transformer's class. Raises ModelError where the installed diffusers has none of the name."""
+        if self.network is not None:
+            return self.network()
         import diffusers.models.transformers as transformers
 
         if not hasattr(transformers, self.class_name):
