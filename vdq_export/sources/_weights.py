@@ -23,6 +23,7 @@ import torch
 from vdq_export import on_demand
 from vdq_export.checkpoint import Checkpoint, Stored, read_header
 from vdq_export.errors import ModelError
+from vdq_export.sources import families
 
 STEM = "diffusion_pytorch_model"
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -83,7 +84,7 @@ def read(folder: Path) -> Network:
     notes = (
         [f"{folder / 'config.json'}: {kind.__name__} does not know {', '.join(unknown)}; ignored"] if unknown else []
     )
-    build = partial(kind.from_config, {k: v for k, v in settings.items() if k in expected})
+    build = partial(_build, kind, {k: v for k, v in settings.items() if k in expected})
     try:
         with _without_weights():
             module: torch.nn.Module = build()
@@ -96,6 +97,15 @@ def read(folder: Path) -> Network:
     checkpoint, told = _checked(module, files, folder, optional)
     on_demand.on_demand(module, checkpoint, str(folder))
     return Network(module, kind.__name__, config, (*notes, *told), checkpoint, build)
+
+
+def _build(kind: Any, settings: Mapping[str, Any]) -> torch.nn.Module:
+    """The network, its shapes independent of data."""
+    network: torch.nn.Module = kind.from_config(dict(settings))
+    family = families.find(kind.__name__)
+    if family is not None and family.prepare is not None:
+        family.prepare(network)
+    return network
 
 
 def _class(config: Mapping[str, Any], path: Path) -> Any:

@@ -65,7 +65,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 def _prepare(network: torch.nn.Module) -> None:
     blocks: Any = network.get_submodule("transformer_blocks")
     for block in blocks:
-        block.attn1.set_processor(_MaskedAttention())
+        block.attn1.processor = _MaskedAttention()
 
 
 FAMILY = Family(
