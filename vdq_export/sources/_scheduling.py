@@ -18,6 +18,8 @@ KNOWN = (
     "CogVideoXDPMScheduler",
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler",
     "FlowMatchEulerDiscreteScheduler",
     "UniPCMultistepScheduler",
 )

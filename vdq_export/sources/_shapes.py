@@ -25,7 +25,8 @@ class Call:
     """How the network is called.
 
     latent: shape of the noise, by the family's layout; beside: channels that hidden_states has behind it. inputs: all
-    other tensors but the timestep, the same at every step of a branch. fixed: arguments given once for all.
+    other tensors but the timestep, the same at every step of a branch. fixed: arguments given once for all. times: what
+    t is multiplied with, [1, tokens], where each token has a timestep.
     """
 
     family: Family
@@ -34,6 +35,7 @@ class Call:
     inputs: Mapping[str, Input]
     fixed: Mapping[str, Any]
     beside: torch.Tensor | None = None
+    times: torch.Tensor | None = None
 
     @property
     def channel_axis(self) -> int:
@@ -44,34 +46,54 @@ class Call:
         """B, L, D of encoder_hidden_states."""
         return self.inputs["encoder_hidden_states"].shape
 
-    def hidden_states(self, latent: torch.Tensor) -> torch.Tensor:
-        """The noise with what is beside it."""
-        return latent if self.beside is None else torch.cat([latent, self.beside], dim=self.channel_axis)
+    def hidden_states(self, latent: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
+        """The noise with what is beside it: this, or what the family says."""
+        beside = self.beside if beside is None else beside
+        return latent if beside is None else torch.cat([latent, beside], dim=self.channel_axis)
+
+    def timestep(self, t: torch.Tensor) -> torch.Tensor:
+        """The timestep as the network takes it, [1] or [1, tokens]; of a tensor of them, the highest counts."""
+        return t.reshape(-1).max().reshape(1) if self.times is None else self.times * t.max()
 
 
-def call(network: Network, origin: str, vae: Path | None, options: Options, text_tokens: int | None) -> Call:
+def call(
+    network: Network,
+    origin: str,
+    vae: Path | None,
+    options: Options,
+    text_tokens: int | None,
+    index: Mapping[str, Any] | None = None,
+) -> Call:
     """The call of `network` at the sizes chosen. text_tokens: of the embeddings there are; None: the family's.
 
-    Raises ModelError for sizes that the model cannot take (saying which it can) and arguments not known here.
+    index: of the pipeline, where there is one. Raises ModelError for sizes that the model cannot take (saying which it
+    can) and arguments not known here.
     """
-    config: Mapping[str, Any] = dict(network.module.config)  # type: ignore[arg-type]
+    config: Mapping[str, Any] = {**_pipeline_settings(index or {}), **network.module.config}  # type: ignore[dict-item]
     family = families.of(network.class_name)
     _refuse_conditioning(family, config, origin)
     scales, (patch_t, patch) = _scales(vae, family), _patches(config)
+    patch_t = patch_t if family.frames(config, 1) == 1 else 1  # what is filled up may be of any length
     video = _sizes(family, options)
     _check_sizes(origin, family, video, (scales[0], patch_t), scales[1] * patch)
     size = family.size(video, text_tokens or config.get("max_text_seq_length"), scales)
     try:
-        inputs = family.inputs(config, size)
+        inputs, fixed = family.inputs(config, size), family.fixed(config, size)
+        beside = family.beside(config, size) if family.beside is not None else None
     except ModelError as error:
         raise ModelError(f"{origin}: {error.what}", hint=error.hint) from error
-    fixed = family.fixed(config, size)
     _check_arguments(network, origin, {*inputs, *fixed})
-    beside = family.beside(config, size) if family.beside is not None else None
+    times = None if family.times is None else family.times(config, size)
     latent = list(family.latent(config, size))
     if beside is not None:
         latent[family.channel_axis] -= beside.shape[family.channel_axis]
-    return Call(family, size, tuple(latent), inputs, fixed, beside)
+    return Call(family, size, tuple(latent), inputs, fixed, beside, times)
+
+
+def _pipeline_settings(index: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pipeline's index says beside its parts; "pipeline": its class."""
+    settings = {name: value for name, value in index.items() if name[0] != "_" and not isinstance(value, list)}
+    return {**settings, "pipeline": index.get("_class_name")}
 
 
 def _check_arguments(network: Network, origin: str, given: set[str]) -> None:

@@ -1,4 +1,7 @@
-"""CogVideoX: joint attention over text and video; learned positions (2B) or rotary tables from outside (5B, 1.5)."""
+"""CogVideoX: joint attention over text and video; learned positions (2B) or rotary tables from outside (5B, 1.5).
+
+Image to video: the image's latent, then zeros, beside the noise. 1.5 makes tokens of two latent frames.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,35 @@ from typing import Any
 
 import torch
 
-from vdq_export.sources.families._family import Config, Family, Published, Size, Tiny
+from vdq_export.sources.families._family import Config, Family, Published, Size, Tiny, beside_noise, seeded
+
+_OFS = 2.0  # what the pipeline passes as ofs to networks that embed it (1.5 image to video)
 
 
 def _fixed(config: Config, size: Size) -> dict[str, Any]:
-    """The rotary tables, where the network takes some."""
-    if not config.get("use_rotary_positional_embeddings"):
-        return {}
-    patch = int(config["patch_size"])
-    return {"image_rotary_emb": rotary_tables(config, size.t, size.h // patch, size.w // patch)}
+    """The rotary tables and ofs, where the network takes some."""
+    fixed: dict[str, Any] = {}
+    if config.get("use_rotary_positional_embeddings"):
+        patch = int(config["patch_size"])
+        fixed["image_rotary_emb"] = rotary_tables(config, size.t, size.h // patch, size.w // patch)
+    if config.get("ofs_embed_dim"):
+        fixed["ofs"] = torch.full((1,), _OFS)
+    return fixed
+
+
+def _beside(config: Config, size: Size) -> torch.Tensor | None:
+    """The latent of the first frame; none of the others is known."""
+    if not (channels := beside_noise(config)):
+        return None
+    latent = torch.zeros(1, _frames(config, size.t), channels, size.h, size.w)
+    latent[:, 0] = seeded(1, channels, size.h, size.w)
+    return latent
+
+
+def _frames(config: Config, frames: int) -> int:
+    """Whole patches of latent frames."""
+    patch = int(config.get("patch_size_t") or 1)
+    return -(-frames // patch) * patch
 
 
 def rotary_tables(config: Config, t: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,11 +66,12 @@ _TINY = {
     "text_embed_dim": 32, "num_layers": 2, "sample_width": 8, "sample_height": 8, "sample_frames": 9,
     "max_text_seq_length": 8,
 }  # fmt: skip
+_ROTARY = {**_TINY, "use_rotary_positional_embeddings": True}
 
 FAMILY = Family(
     name="CogVideoX",
     class_name="CogVideoXTransformer3DModel",
-    pipelines=("CogVideoXPipeline",),
+    pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
     video=(49, 480, 720),
     guidance=6.0,
     text_tokens=226,
@@ -58,9 +82,13 @@ FAMILY = Family(
         "timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False, "snr_shift_scale": 3.0,
     },
     fixed=_fixed,
+    beside=_beside,
+    frames=_frames,
     published=(Published("CogVideoX-2b", {}, 1.694e9, 245),),
     tiny=(
         Tiny(_TINY, (9, 64, 64)),
-        Tiny({**_TINY, "use_rotary_positional_embeddings": True}, (9, 64, 64), variant="rotary"),
+        Tiny(_ROTARY, (9, 64, 64), variant="rotary"),
+        Tiny({**_ROTARY, "patch_size_t": 2, "patch_bias": False}, (9, 64, 64), variant="1.5"),
+        Tiny({**_ROTARY, "in_channels": 8}, (9, 64, 64), variant="I2V"),
     ),
 )  # fmt: skip

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from vdq_export.sources.families._family import Family, Published, Tiny
+from typing import Any
+
+from vdq_export.sources.families._family import Config, Family, Published, Size, Tiny
 
 _COMMON = {
     "in_channels": 4, "out_channels": 8, "patch_size": 2, "attention_bias": True, "activation_fn": "gelu-approximate",
     "norm_eps": 1e-6, "norm_type": "ada_norm_single", "norm_elementwise_affine": False, "num_embeds_ada_norm": 1000,
 }  # fmt: skip
+
+
+def _fixed(config: Config, size: Size) -> dict[str, Any]:
+    """Without temporal attention it would make pictures."""
+    return {"enable_temporal_attentions": True}
+
 
 FAMILY = Family(
     name="Latte",
@@ -18,6 +26,11 @@ FAMILY = Family(
     text_tokens=120,
     temporal=1,
     integer_time=True,
+    scheduler={
+        "_class_name": "DDIMScheduler", "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+        "clip_sample": False,
+    },
+    fixed=_fixed,
     published=(
         Published(
             "Latte-1 T2V",

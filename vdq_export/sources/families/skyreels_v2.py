@@ -9,7 +9,12 @@ FAMILY = Family(
     class_name="SkyReelsV2Transformer3DModel",
     pipelines=("SkyReelsV2Pipeline",),
     video=(97, 544, 960),
+    guidance=6.0,
     text_tokens=512,
+    scheduler={
+        "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+        "flow_shift": 8.0,
+    },
     tiny=(
         Tiny(
             {
