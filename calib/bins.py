@@ -35,6 +35,7 @@ QUIET = 0.01  # power below which a step no longer counts more, against the tens
 CURVE_POINTS = 12
 CURVE_VALUES = 4096  # sampled values a slot
 _LEAST = 1e-30
+ANY_TIMESTEP = (-1e6, 1e6)  # samplers count to 1000, or to 1
 
 Tsw = int | Literal["auto", "all"] | tuple[float, ...]  # a tuple: edges, as shares of the steps
 
@@ -65,6 +66,11 @@ def choose(
         bins += make_bins(steps, starts, branch, first=len(bins))
         reasons.append(why if branch == "any" else f"{branch}: {why}")
     return tuple(bins), "; ".join(reasons)
+
+
+def whole(record: CalibrationRecord) -> tuple[tuple[Bin, ...], str]:
+    """(one bin for every timestep and branch there may be, why), of a record without data."""
+    return (Bin(index=0, t=ANY_TIMESTEP, steps=record.steps),), "no quantizer depends on the timestep"
 
 
 def partition(

@@ -22,6 +22,7 @@ from vdq_export.calib import rotation, smoothing
 from vdq_export.calib.formats import LayerFormat, check
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.transform import Transform
+from vdq_export.errors import CalibrationError, RecipeError
 from vdq_export.graph import Graph, Linear
 from vdq_export.plan import Bin, HoistedPart, LayerPlan, QuantPlan, Rotation
 from vdq_export.recipe import Recipe
@@ -50,7 +51,7 @@ def draft(network: Network, *, tsw: binning.Tsw = 1, optimal_bins: bool = False,
     programming instead of even ranges; first: number of the first bin.
 
     Raises RecipeError when recipe and target (or tsw and record) contradict each other, CalibrationError when the
-    record is of another graph or lacks a value.
+    record is of another graph, lacks a value, or has no data where the recipe needs some.
     """
     graph, record, recipe, spec = network.graph, network.record, network.recipe, network.spec
     graph_hash = graph.hash()
@@ -84,6 +85,10 @@ def draft(network: Network, *, tsw: binning.Tsw = 1, optimal_bins: bool = False,
             draft=True,
         )
 
+    if not record.has_data:
+        check_without_data(recipe, spec, tsw)
+        bins, why = binning.whole(record)
+        return [plan(binning.place(bins, network.expert, network.limits, first), why, _unseen(network, groups))]
     if recipe.smoothing.kind == "tsq" and not recipe.smoothing.shared:
         bins, why = bins_for(dict.fromkeys(groups, Transform()))
         slots = [binning.bin_slots(one, record.slots) for one in bins]
@@ -107,6 +112,32 @@ def keep_reason(linear: Linear, recipe: Recipe, spec: TargetSpec, *, hoisted: bo
     if linear.rows < spec.min_rows and not hoisted:
         return f"{linear.rows} row(s) a call, {spec.name} gains from {spec.min_rows} on"
     return ""
+
+
+def check_without_data(recipe: Recipe, spec: TargetSpec, tsw: binning.Tsw) -> None:
+    """Raise CalibrationError or RecipeError where `recipe`, `spec` or `tsw` need what only calibration knows."""
+    if recipe.needs_data:
+        raise CalibrationError(
+            f"recipe {recipe.name} needs calibration data: {', '.join(recipe.data_uses)}",
+            hint="calibrate, or take a recipe that needs none, such as w8a16",
+        )
+    if spec.every_operator:
+        raise RecipeError(
+            f"{spec.name} leaves no operator in float, so it needs static ranges of every value, which recipe "
+            f"{recipe.name} has not",
+            hint="use a static recipe, or another target",
+        )
+    if tsw != 1:
+        raise RecipeError(
+            f"--tsw {tsw}: recipe {recipe.name} has nothing that depends on the timestep, so there is one time range",
+            hint="leave --tsw out",
+        )
+
+
+def _unseen(network: Network, groups: Mapping[str, Sequence[Linear]]) -> dict[str, Transform]:
+    """{value: what becomes of it} where nothing is known of values: at most a rotation that is not searched for."""
+    rotated = rotation.choose(network.graph, groups, network.recipe.rotation)
+    return {name: Transform(None, turn, "the recipe smooths nothing", why) for name, (turn, why) in rotated.items()}
 
 
 def by_value(linears: Sequence[Linear], values: Mapping[str, str]) -> dict[str, list[Linear]]:

@@ -28,13 +28,16 @@ _E8M0 = (-125, 127)  # it has -126 and -127 too, whose half is no normal float32
 _TINY = np.float32(np.finfo(np.float32).tiny)
 
 
-def online(settings: ActivationRecipe, known: Range) -> Dynamic | None:
-    """The quantizer of recipes that compute scales at run time; known: the value's range in a bin. None: the others."""
+def online(settings: ActivationRecipe, known: Range | None) -> Dynamic | None:
+    """The quantizer of recipes that compute scales at run time; None for the others.
+
+    known: the value's range in a bin; only nvfp4 needs one.
+    """
     if settings.grid == "mxfp4":
         return Dynamic(kind="mx", why="E8M0 scales of blocks of 32 are part of the number format")
     if settings.grid == "mxfp8":
         return Dynamic(kind="mxfp8", why="E8M0 scales of blocks of 32 are part of the number format")
-    if settings.grid == "nvfp4":
+    if settings.grid == "nvfp4" and known is not None:
         unit = two_level_unit(max(-known.lo, known.hi))
         return Dynamic(kind="nvfp4", why=f"E4M3 scales of blocks of 16, unit from {known.why}", unit=unit)
     if settings.granularity != "tensor":

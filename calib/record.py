@@ -99,7 +99,7 @@ class CalibrationRecord:
     """All observed values of one float graph. `sampler` holds the settings of the loop that made the trajectories.
 
     constant_inputs: inputs of the network that were equal to the last bit at all steps of a guidance branch in every
-    trajectory; () where nothing shows it. A record without slots is of a recipe that needs no data.
+    trajectory; () where nothing shows it. A record without calls is for recipes that need no data.
     """
 
     model: str
@@ -114,9 +114,19 @@ class CalibrationRecord:
 
     @staticmethod
     def empty(graph: Graph, model: Model) -> CalibrationRecord:
-        """What a recipe that needs no data starts from: no slots, no values, the network never run."""
+        """What a recipe that needs no data starts from: no values, the network never run.
+
+        Its slots are the sampler's own `timesteps` where it tells them, else there are none.
+        """
         sampler = {} if model.sampler is None else dict(model.sampler.settings())
-        return CalibrationRecord(model.name, graph.source, graph.hash(), (), {}, 0, sampler)
+        timesteps = sorted({float(t) for t in getattr(model.sampler, "timesteps", ())}, reverse=True)
+        slots = tuple(Slot(t, "cond") for t in timesteps)
+        return CalibrationRecord(model.name, graph.source, graph.hash(), slots, {}, 0, sampler)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the network was run."""
+        return self.calls > 0
 
     @property
     def steps(self) -> tuple[float, ...]:
@@ -135,7 +145,7 @@ class CalibrationRecord:
     def value(self, name: str) -> ValueRecord:
         """Raises CalibrationError for a value that was not observed, and for NaN or Inf in a file's arrays."""
         if name not in self.values:
-            if not self.slots:
+            if not self.has_data:
                 raise CalibrationError(
                     f"there is no calibration data about {name!r}", hint="this recipe needs data: calibrate"
                 )

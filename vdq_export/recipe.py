@@ -193,6 +193,29 @@ class Recipe(_Settings, frozen=True):
     expert: dict[str, dict[str, Any]] = {}  # expert's name -> what it has otherwise than the rest of the recipe
     verify: VerifyRecipe = VerifyRecipe()
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration must run the network. False: weights alone say all, or scales come at run time."""
+        return bool(self.data_uses)
+
+    @property
+    def data_uses(self) -> tuple[str, ...]:
+        """What in the recipe looks at activations, in words; () for one that needs no data."""
+        activations, rotation = self.activations, self.rotation
+        searched = rotation.search or rotation.scale != "none"
+        at_run_time = activations.granularity != "tensor" and activations.grid == "int"
+        free = activations.grid in ("float", "mxfp4", "mxfp8") or at_run_time
+        uses = {
+            "static activation ranges": not free,
+            "activation clip ratios": bool(activations.clip),
+            "smoothing": self.smoothing.kind != "none",
+            "rotations chosen by output error": rotation.kind != "none" and searched,
+            "GPTQ": self.weights.rounding == "gptq",
+            "bits allocated by sensitivity": bool(self.allocate.size or self.allocate.bops),
+            "a schedule that follows the output": self.schedule.delta is not None or self.schedule.cache is not None,
+        }
+        return tuple(use for use, is_used in uses.items() if is_used)
+
     def of_expert(self, name: str) -> Recipe:
         """The recipe one expert gets. Raises RecipeError when its table holds an unknown key."""
         settings = msgspec.json.decode(msgspec.json.encode(msgspec.structs.replace(self, expert={})))
