@@ -20,18 +20,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vdq_export import number_grid
+from vdq_export import number_grid, units
 from vdq_export.calib import clip, low_rank, weight_ranges
 from vdq_export.calib.dynamic import quantize_rows
 from vdq_export.calib.formats import WeightFormat
 from vdq_export.calib.gptq import Factor, factorise, gptq
 from vdq_export.calib.low_rank import Split
 from vdq_export.calib.ranges import Grid
-from vdq_export.calib.workers import in_order
+from vdq_export.engine import Engine, Local
 from vdq_export.errors import CalibrationError, VdqError
 from vdq_export.graph import Array
 from vdq_export.plan import Dynamic, LowRank, Range, TensorKind, WeightPlan
 from vdq_export.recipe import Recipe, WeightRecipe
+from vdq_export.work_store import WorkStore
 
 HELD_OUT = 8
 LIGHT = 1e9  # multiply-adds below which a group is not worth a process
@@ -109,12 +110,35 @@ def solve_group(task: GroupTask) -> GroupResult:
         raise CalibrationError(f"{', '.join(task.names)}: {type(error).__name__}: {error}") from error
 
 
-def solve_groups(tasks: Iterable[GroupTask], workers: int) -> Iterator[GroupResult]:
-    """solve_group() of every task, in order, by `workers` processes; the same numbers whatever `workers` is.
+def solve_groups(
+    tasks: Iterable[GroupTask], engine: Engine | None = None, store: WorkStore | None = None
+) -> Iterator[GroupResult]:
+    """solve_group() of every task, in order; the same numbers whatever runs them. store: keeps the costly ones.
 
-    At most `workers` tasks are drawn ahead. Raises CalibrationError naming the layers.
+    As many tasks are drawn ahead as the engine has room for. Raises CalibrationError naming the layers.
     """
-    return in_order(solve_group, tasks, workers, name=lambda task: ", ".join(task.names), is_light=is_light)
+    name: Callable[[GroupTask], str] = lambda task: ", ".join(task.names)  # noqa: E731
+    return units.in_order(
+        engine or Local(),
+        store,
+        solve_group,
+        tasks,
+        GroupResult,
+        name=name,
+        is_light=is_light,
+        is_worth=lambda task: is_costly(task) and not is_light(task),
+    )
+
+
+def is_costly(task: GroupTask) -> bool:
+    """Whether it does more with a weight than to read and round it, which takes as long as reading the result."""
+    settings = task.recipe
+    return (
+        settings.weights.rounding != "nearest"
+        or settings.weights.range != "minmax"
+        or bool(settings.activations.clip and task.rows)
+        or any(task.ranks)
+    )
 
 
 def is_light(task: GroupTask) -> bool:

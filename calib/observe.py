@@ -6,36 +6,34 @@ are spread over several sessions that share the weights. Statistics are updated 
 
 from __future__ import annotations
 
-import hashlib
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
+import onnx
 import torch
 
-from vdq_export import ort
-from vdq_export.calib.record import CalibrationRecord, Slot, ValueRecord, denoising_order, not_finite
+from vdq_export import ort, work_store
+from vdq_export.calib.constant_inputs import Constancy, in_all
+from vdq_export.calib.record import CalibrationRecord, Slot
+from vdq_export.calib.statistics import Observed, Seen
+from vdq_export.calib.trajectories import Runs
+from vdq_export.engine import Engine
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array, Graph, is_constant
-from vdq_export.model import Model, Step
+from vdq_export.model import Model, Step, Trajectory
+from vdq_export.work_store import WorkStore
 
 Progress = Callable[[int, int | None], None]  # calls done, calls in all where that is known
 ROWS = 64  # sampled token rows a value and slot
-TOP = 4  # rows of largest norm kept beside them
 LIMIT = 512 * 2**20  # bytes of observed values a session returns
-MAX_SLOTS = 4096
-
-
-@dataclass(frozen=True)
-class Observed:
-    """One value to watch: its name, why, who reads it, and its bytes a call."""
-
-    name: str
-    kind: Literal["linear", "attention"]
-    readers: tuple[str, ...]
-    size: int
+WORTH = 10  # what was seen is kept where that takes less than one in WORTH of the time since it last was
 
 
 def observe(
@@ -46,40 +44,161 @@ def observe(
     rows: int = ROWS,
     limit: int = LIMIT,
     threads: int | None = None,
+    engine: Engine | None = None,
+    store: WorkStore | None = None,
 ) -> CalibrationRecord:
     """Run every step of `model.iter_trajectories()` through the canonical float `graph`.
 
-    progress(done, total) is called after each call; total is None while unknown. Deterministic: the same calls in any
-    split over sessions give the same record. Raises CalibrationError for NaN or Inf (layer and timestep named), for
-    inputs that do not fit the graph, and for a model without trajectories.
+    progress(done, total) is called after each call; total is None while unknown. engine: where trajectories run, here
+    by default. store: keeps what was seen after each trajectory, and is asked for it first. Deterministic: the same
+    calls in any split over sessions, interruptions and machines give the same record. Raises CalibrationError for NaN
+    or Inf (layer and timestep named), for inputs that do not fit the graph, and for a model without trajectories.
     """
-    watched = observed_values(graph)
-    inputs = {v.name: v for v in graph.gs.inputs}
-    sessions = [_Session(graph, names, inputs, threads) for names in _chunks(watched, set(inputs), limit)]
-    seen: dict[str, dict[Slot, _Statistics]] = {w.name: {} for w in watched}
-    done = 0
-    for step, total in iter_steps(model):
-        slot = Slot(float(step["t"]), step["branch"])
-        feeds = step_feeds(step, sessions[0].dtypes, slot)
-        for session in sessions:
-            found = session.run(feeds, slot)
-            for one in (w for w in watched if w.name in session.names):
-                value = found[one.name] if one.name in found else feeds[one.name]
-                _update(seen[one.name], one, slot, np.asarray(value, np.float32), rows)
-        _check_outputs(found, sessions[-1].final, slot)
-        done += 1
-        if progress is not None:
-            progress(done, total)
-    if not done:
+    graph_hash = graph.hash()
+    identity = work_store.key("observe", graph_hash, rows, limit, threads)
+    job = Job(identity, graph, tuple(observed_values(graph)), rows, limit, threads)
+    kept = _Kept(store, identity, Runs(model), rows)
+    if engine is not None and engine.is_remote:
+        _observe_elsewhere(job, kept, engine, progress)
+    else:
+        _observe_here(job, kept, progress)
+    seen = kept.seen
+    if not seen.calls:
         raise CalibrationError(
             f"model {model.name} brought no trajectories", hint="calibration needs at least one step"
         )
-    slots = tuple(sorted(next(iter(seen.values())), key=denoising_order)) if watched else ()
-    settings = {} if model.sampler is None else dict(model.sampler.settings())
-    values = {w.name: _finish(w, [seen[w.name][slot] for slot in slots]) for w in watched}
     return CalibrationRecord(
-        model.name, graph.source or model.weight_hash(), graph.hash(), slots, values, done, settings
+        model=model.name,
+        model_hash=graph.source or model.weight_hash(),
+        graph_hash=graph_hash,
+        slots=seen.slots,
+        values={one.name: seen.record(one) for one in job.watched},
+        calls=seen.calls,
+        sampler={} if model.sampler is None else dict(model.sampler.settings()),
+        constant_inputs=in_all(seen.constant, model.timestep_input),
     )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every trajectory of one observation has in common; it can be sent to other machines. key: equal jobs have
+    equal ones."""
+
+    key: str
+    graph: Graph
+    watched: tuple[Observed, ...]
+    rows: int
+    limit: int
+    threads: int | None
+
+    def run(self, number: int, trajectory: Sequence[Step], tick: Callable[[], None] = lambda: None) -> Seen:
+        """What trajectory `number` shows; tick is called after each call. Raises CalibrationError as observe() does."""
+        seen, constancy = Seen(first=number, trajectories=1), Constancy()
+        for step in trajectory:
+            constancy.see(step)
+            slot = Slot(float(step["t"]), step["branch"])
+            feeds = step_feeds(step, self._sessions[0].dtypes, slot)
+            for session in self._sessions:
+                found = session.run(feeds, slot)
+                for one in (w for w in self.watched if w.name in session.names):
+                    value = found[one.name] if one.name in found else feeds[one.name]
+                    seen.update(one, slot, np.asarray(value, np.float32), self.rows)
+            _check_outputs(found, self._sessions[-1].final, slot)
+            seen.calls += 1
+            tick()
+        seen.constant = [constancy.names]
+        return seen
+
+    @cached_property
+    def _sessions(self) -> list[_Session]:
+        inputs = {v.name: v for v in self.graph.gs.inputs}
+        chunks = _chunks(self.watched, set(inputs), self.limit)
+        return [_Session(self.graph, names, inputs, self.threads) for names in chunks]
+
+    def __getstate__(self) -> dict[str, Any]:
+        proto, arrays = self.graph.skeleton()
+        plain = {name: value for name, value in vars(self).items() if name not in ("graph", "_sessions")}
+        return {**plain, "graph": (proto.SerializeToString(), arrays, self.graph.source)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        proto, arrays, source = state.pop("graph")
+        vars(self).update(state, graph=Graph.from_proto(onnx.ModelProto.FromString(proto), arrays, source))
+
+
+class _Kept:
+    """What was seen so far, here and, with a store, in the runs that were cut short."""
+
+    def __init__(self, store: WorkStore | None, identity: str, runs: Runs, rows: int) -> None:
+        self.runs, self._store, self._identity, self._rows = runs, store, identity, rows
+        self.seen, self._link = self._found() or (Seen(), identity)
+        self._links: deque[str] = deque()  # of trajectories drawn and not yet added
+        self._last, self._cost = time.monotonic(), 0.0
+
+    def draw(self) -> Iterator[tuple[int, Trajectory]]:
+        """(number, trajectory) of those that are missing."""
+        link, first = self._link, self.seen.trajectories
+        for number, trajectory in enumerate(self.runs.since(first), first):
+            if self._store is not None:
+                link = self.runs.link(link, number, trajectory)
+                self._links.append(link)
+            yield number, trajectory
+
+    def add(self, one: Seen) -> None:
+        """The next trajectory's. It is kept unless keeping it would take long in comparison with making it."""
+        self.seen.add(one, self._rows)
+        if self._store is None:
+            return
+        self._link = self._links.popleft()
+        began = time.monotonic()
+        if began - self._last >= WORTH * self._cost:
+            self._store.put(self._identity, work_store.encode((self._link, self.seen.to_bytes())))
+            self._last = time.monotonic()
+            self._cost = self._last - began
+
+    def _found(self) -> tuple[Seen, str] | None:
+        data = None if self._store is None else self._store.get(self._identity)
+        if data is None:
+            return None
+        try:
+            link, state = work_store.decode(data, tuple[str, bytes])
+            seen = Seen.from_bytes(state)
+        except msgspec.MsgspecError:
+            return None
+        return (seen, link) if self.runs.chain(seen.trajectories, self._identity) == link else None
+
+
+def _observe_here(job: Job, kept: _Kept, progress: Progress | None) -> None:
+    done, count = kept.seen.calls, kept.runs.count
+    for number, trajectory in kept.draw():
+        total = None if count is None else count * len(trajectory)  # trajectories of one sampler are equally long
+
+        def tick(total: int | None = total) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+        kept.add(job.run(number, trajectory, tick))
+
+
+def _observe_elsewhere(job: Job, kept: _Kept, engine: Engine, progress: Progress | None) -> None:
+    name = lambda task: f"the calibration run of trajectory {task[0]}"  # noqa: E731
+    for one in engine.in_order(run_elsewhere, kept.draw(), name=name, shared=job):
+        kept.add(one)
+        if progress is not None:
+            count = kept.runs.count
+            progress(kept.seen.calls, None if count is None else count * one.calls)
+
+
+def run_elsewhere(job: Job, task: tuple[int, Trajectory]) -> Seen:
+    """Job.run() in a process that keeps the sessions for the next trajectory of the same job."""
+    if job.key not in _JOBS:
+        _JOBS.clear()
+        _JOBS[job.key] = job
+    return _JOBS[job.key].run(*task)
+
+
+_JOBS: dict[str, Job] = {}
 
 
 def observed_values(graph: Graph) -> list[Observed]:
@@ -177,83 +296,3 @@ def _check_outputs(found: Mapping[str, Array], final: Sequence[str], slot: Slot)
             raise CalibrationError(
                 f"NaN or Inf in output {name} at {slot}, though no linear reads any", hint="check the last layers"
             )
-
-
-@dataclass
-class _Statistics:
-    """Running statistics of one value in one slot; `keys` chose `rows`, `norms` (squared) chose `top`."""
-
-    lo: Array
-    hi: Array
-    peak: Array
-    rows: Array
-    keys: Array
-    top: Array
-    norms: Array
-    count: int = 0
-    calls: int = 0
-
-
-def _update(seen: dict[Slot, _Statistics], one: Observed, slot: Slot, value: Array, rows: int) -> None:
-    """`value` is [batch, …, tokens, C]."""
-    channels = value.shape[-1]
-    flat = value.reshape(-1, channels)
-    low, high = flat.min(axis=0), flat.max(axis=0)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        raise not_finite(one.name, one.readers, slot, "first seen there in the float graph")
-    if slot not in seen:
-        if len(seen) >= MAX_SLOTS:
-            raise CalibrationError(
-                f"more than {MAX_SLOTS} distinct timesteps", hint="calibrate on the sampler's own timesteps"
-            )
-        empty = np.empty((0, channels), np.float32)
-        seen[slot] = _Statistics(low, high, np.zeros(channels), empty, np.empty(0), empty, np.empty(0))
-    kept = seen[slot]
-    kept.lo, kept.hi = np.minimum(kept.lo, low), np.maximum(kept.hi, high)
-    if one.kind == "linear":
-        batch = value.reshape(value.shape[0] if value.ndim > 2 else 1, -1, channels)
-        kept.peak = kept.peak + np.maximum(batch.max(axis=1), -batch.min(axis=1)).mean(axis=0)
-        _sample(kept, flat, _seed(one.name, slot, kept.calls), rows)
-        _keep_largest(kept, flat)
-    kept.count += len(flat)
-    kept.calls += 1
-
-
-def _sample(kept: _Statistics, flat: Array, seed: int, rows: int) -> None:
-    """Each row seen gets a random key; the rows with the smallest keys stay: a uniform sample without replacement."""
-    keys = np.random.default_rng(seed).random(len(flat))
-    kept.keys, kept.rows = _least(kept.keys, kept.rows, keys, flat, rows)
-
-
-def _keep_largest(kept: _Statistics, flat: Array) -> None:
-    norms = np.einsum("tc,tc->t", flat, flat, dtype=np.float64)
-    negative, kept.top = _least(-kept.norms, kept.top, -norms, flat, TOP)
-    kept.norms = -negative
-
-
-def _least(keys: Array, rows: Array, new_keys: Array, new_rows: Array, most: int) -> tuple[Array, Array]:
-    """The `most` smallest of both key lists, ascending, and their rows."""
-    best = np.argpartition(new_keys, most)[:most] if len(new_keys) > most else np.arange(len(new_keys))
-    joint, candidates = np.concatenate([keys, new_keys[best]]), np.concatenate([rows, new_rows[best]])
-    order = np.argsort(joint, kind="stable")[:most]
-    return joint[order], candidates[order]
-
-
-def _seed(name: str, slot: Slot, call: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{name}|{slot.t!r}|{slot.branch}|{call}".encode()).digest()[:8], "little")
-
-
-def _finish(one: Observed, slots: Sequence[_Statistics]) -> ValueRecord:
-    lo, hi = np.stack([s.lo for s in slots]), np.stack([s.hi for s in slots])
-    count = np.array([s.count for s in slots], np.int64)
-    if one.kind == "attention":
-        return ValueRecord(one.name, one.kind, one.readers, lo, hi, count)
-    peak = np.stack([s.peak / s.calls for s in slots]).astype(np.float32)
-    rows, top = _equally_many([s.rows for s in slots]), _equally_many([s.top for s in slots])
-    return ValueRecord(one.name, one.kind, one.readers, lo, hi, count, peak, rows, top)
-
-
-def _equally_many(slots: Sequence[Array]) -> Array:
-    """[S, most, C]: a slot that saw fewer rows repeats its own."""
-    most = max(len(rows) for rows in slots)
-    return np.stack([rows[np.arange(most) % len(rows)] for rows in slots])

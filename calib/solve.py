@@ -21,9 +21,11 @@ from vdq_export.calib.group import GroupTask, LayerWeights, solve_groups
 from vdq_export.calib.ranges import activation_range
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.transform import Transform
+from vdq_export.engine import Engine
 from vdq_export.graph import Array, Graph, Linear
 from vdq_export.plan import Dynamic, LayerPlan, QuantPlan, Range, tensor_name
 from vdq_export.target_spec import TargetSpec
+from vdq_export.work_store import WorkStore
 
 Progress = Callable[[int, int], None]
 TOKENS = 4096  # sampled rows of one value that searches and Hessians see, over all bins
@@ -43,12 +45,14 @@ def solve(
     record: CalibrationRecord,
     spec: TargetSpec,
     *,
-    workers: int = 1,
+    engine: Engine | None = None,
+    store: WorkStore | None = None,
     progress: Progress | None = None,
 ) -> Solved:
     """Complete `draft` with `graph`, the float graph after its float passes. progress(done, total) counts layers.
 
-    Raises RecipeError for a budget that no choice of bits meets and for bits the target lacks.
+    engine: where groups of layers are solved. store: keeps the costly ones. Raises RecipeError for a budget that no
+    choice of bits meets and for bits the target lacks.
     """
     recipe = draft.recipe
     kept = {layer.name: layer.keep_float for layer in draft.layers if not layer.quantized}
@@ -66,7 +70,7 @@ def solve(
             yield _task(draft, record, name, members, formats, ranks)
 
     layers, tensors, done = {layer.name: layer for layer in draft.layers}, dict[str, Array](), 0
-    for (_, members), result in zip(groups, solve_groups(tasks(), workers), strict=True):
+    for (_, members), result in zip(groups, solve_groups(tasks(), engine, store), strict=True):
         for linear, weights in zip(members, result.layers, strict=True):
             layers[linear.name] = _complete(
                 layers[linear.name], formats[linear.name], weights, result.ranges, result.dynamic
@@ -104,33 +108,30 @@ def _task(
     ranks: Mapping[str, int],
 ) -> GroupTask:
     layer = next(x for x in draft.layers if x.name == members[0].name)
-    value, transform, settings = record.value(name), Transform.of(layer), draft.recipe.activations
+    value = record.value(name) if record.has_data else None
+    transform, recipe = Transform.of(layer), draft.recipe
     slots = [bin_slots(one, record.slots) for one in draft.bins]
     grid = formats[members[0].name].activation
-    most = max(1, TOKENS // len(slots))
     ranges, dynamic = list[Range](), list[Dynamic]()
     for one in slots if grid.dtype != "float" else ():
-        known = activation_range(value, one, settings, grid, transform)
-        chosen = online(settings, known)
-        ranges += [known] if chosen is None else []
+        known = None if value is None else activation_range(value, one, recipe.activations, grid, transform)
+        chosen = online(recipe.activations, known)
+        ranges += [known] if chosen is None and known is not None else []
         dynamic += [] if chosen is None else [chosen]
+    rows: tuple[Array, ...] = tuple(np.zeros((0, members[0].shape[0]), np.float32) for _ in slots)
+    if value is not None and (recipe.activations.clip or recipe.weights.rounding == "gptq"):  # what looks at rows
+        rows = tuple(transform(value.sample(one, most=max(1, TOKENS // len(slots)))) for one in slots)
     return GroupTask(
         names=tuple(m.name for m in members),
-        rows=tuple(transform(_thin(value.sample(one), most)) for one in slots),
+        rows=rows,
         ranges=tuple(ranges),
         dynamic=tuple(dynamic),
         grid=grid,
         weights=tuple(np.asarray(m.read_weight(), np.float32) for m in members),
         formats=tuple(formats[m.name].weight for m in members),
         ranks=tuple(ranks.get(m.name, 0) if formats[m.name].rank < 0 else formats[m.name].rank for m in members),
-        recipe=draft.recipe,
+        recipe=recipe,
     )
-
-
-def _thin(rows: Array, most: int) -> Array:
-    """At most `most` rows, evenly."""
-    picked: Array = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(np.int64))]
-    return picked
 
 
 def _complete(

@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import count
 from typing import Any, TypeVar
 
@@ -22,27 +23,29 @@ from vdq_export.errors import CalibrationError
 
 T = TypeVar("T")
 R = TypeVar("R")
-_ONE_THREAD = dict.fromkeys(
+ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS", "BLIS_NUM_THREADS"), "1"
 )
 
 
 def in_order(
-    solve: Callable[[T], R],
+    solve: Callable[..., R],
     tasks: Iterable[T],
     workers: int,
     *,
     name: Callable[[T], str],
     is_light: Callable[[T], bool] = lambda task: False,
+    shared: Any = None,
 ) -> Iterator[R]:
-    """solve(task) of every task, in order, by `workers` processes; they are started when the first heavy task comes.
+    """solve(task) of every task, or solve(shared, task) where something is shared, in order, by `workers` processes.
 
+    They are started when the first heavy task comes and each is sent what is shared once.
     A light task is solved in this process, where sending it would cost more; that must depend on the task alone.
     `solve` must be importable by name. Tasks are drawn when a process is free for them, so that no more than
     `workers` are in memory. An error of a task is raised when its turn comes, after which nothing more is done;
     CalibrationError, with the name of the task, where its process ended without an answer.
     """
-    pool = _Pool(solve, iter(tasks), name, is_light)
+    pool = _Pool(solve, iter(tasks), name, is_light, shared)
     threads = [threading.Thread(target=pool.work, daemon=True) for _ in range(max(1, workers))]
     try:
         for thread in threads:
@@ -59,12 +62,14 @@ class _Pool:
 
     def __init__(
         self,
-        solve: Callable[[Any], Any],
+        solve: Callable[..., Any],
         tasks: Iterator[Any],
         name: Callable[[Any], str],
         is_light: Callable[[Any], bool],
+        shared: Any,
     ) -> None:
         self._solve, self._tasks, self._name, self._is_light = solve, tasks, name, is_light
+        self._before = () if shared is None else (shared,)  # the task, in its arguments
         self._drawing, self._here = threading.Lock(), threading.Lock()
         self._changed = threading.Condition()
         self._drawn, self._exhausted, self._stopped = 0, False, False
@@ -98,7 +103,7 @@ class _Pool:
                 try:
                     if self._is_light(task):
                         with self._here:
-                            answer = (True, self._solve(task))
+                            answer = (True, self._solve(*self._before, task))
                     else:
                         process = process or self._start()
                         answer = self._ask(process, task)
@@ -135,16 +140,19 @@ class _Pool:
         with self._changed:
             if self._stopped:
                 raise CalibrationError("solving was interrupted")
-            environment = {**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+            environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
             command = [sys.executable, "-P", "-m", __name__]
             process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             self._processes.append(process)
+        assert process.stdin is not None
+        with suppress(OSError):  # of a process that ended at once; the first question will tell
+            pickle.dump((self._solve, self._before), process.stdin, protocol=5)
         return process
 
     def _ask(self, process: subprocess.Popen[bytes], task: Any) -> tuple[bool, Any]:
         assert process.stdin is not None and process.stdout is not None
         try:
-            pickle.dump((self._solve, task), process.stdin, protocol=5)
+            pickle.dump(task, process.stdin, protocol=5)
             process.stdin.flush()
             answer: tuple[bool, Any] = pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
@@ -166,17 +174,24 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def serve() -> None:
-    """Answer (solve, task) pickles of stdin on stdout until stdin ends; what else is printed goes to stderr."""
+    """Answer pickled tasks of stdin on stdout until stdin ends; what else is printed goes to stderr.
+
+    Before them comes (solve, arguments before the task).
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal's whole group; the one that asked decides
     questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    try:
+        solve, before = pickle.load(questions)
+    except EOFError:
+        return
     while True:
         try:
-            solve, task = pickle.load(questions)
+            task = pickle.load(questions)
         except EOFError:
             return
         try:
-            answer = (True, solve(task))
+            answer = (True, solve(*before, task))
         except Exception as error:
             error.add_note("in a worker process:\n" + traceback.format_exc())
             answer = (False, error)

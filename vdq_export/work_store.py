@@ -4,8 +4,8 @@ A unit's result lies under the hash of everything it depends on: key(). Whatever
 package's code, a library that computes) changes the key, so nothing stale is ever found and nothing needs invalidating.
 
 Layout: FOLDER/units/ab/<key>, each file CHECKSUM (32 bytes, sha256 of the rest) and the data; FOLDER/users/, one empty
-file for each process that uses the folder. Files appear by renaming ones that are complete and flushed, so a kill leaves
-no half entry under a key; one that is damaged all the same has the wrong checksum and counts as absent.
+file for each process that uses the folder. Files appear by renaming ones that are complete and flushed, so a kill
+leaves no half entry under a key; one that is damaged all the same has the wrong checksum and counts as absent.
 """
 
 from __future__ import annotations
@@ -97,11 +97,6 @@ class WorkStore:
                 hint="--work DIR puts it elsewhere",
             ) from error
         self.seconds += time.monotonic() - began
-
-    def drop(self, key: str) -> None:
-        """Forget an entry, for one that replaces it is there."""
-        with suppress(OSError):
-            self._place(key).unlink()
 
     def close(self) -> None:
         """This process is done; the entries stay for the next one."""
