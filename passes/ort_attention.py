@@ -8,7 +8,7 @@ Legend: B batch, S queries, T keys, H heads, D channels a head, C = H·D.
 
 Exact up to the order of sums. Each layout is a chain of Reshape and Transpose; whether it is the expected one is
 settled by sending element numbers through it. The kernel works on tiles that stay in cache: no [S, T] matrix in memory,
-no transposed copies of q, k and v.
+no transposed copies of q, k and v, but of those that are graph inputs and come transposed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ def _fuse(graph: Graph, scores: Node, softmax: Node, product: Node) -> str:
     for value, tokens, perm in wanted:
         shape = (batch, tokens, heads, prod(value.shape) // (batch * tokens * heads))
         source, scale, chain = _origin(value, [batch, tokens, heads * shape[3]])
-        if prod(shape) > _LIMIT or not _is_layout(source, chain, shape, perm):
+        if prod(shape) <= _LIMIT and _is_layout(source, chain, shape, perm):
+            pass
+        elif not source.inputs and not chain and list(source.shape) == [shape[axis] for axis in perm]:
+            source = _laid_back(graph, source, shape, perm)
+        else:
             return f"{value.name} is laid out in a way not known"
         sources.append(_three_axes(graph, source, [batch, tokens, heads * shape[3]]))
         factor *= scale
@@ -108,6 +112,13 @@ def _is_layout(source: Value, chain: list[Node], shape: tuple[int, ...], perm: t
         moved = moved.reshape(node.outputs[0].shape) if node.op == "Reshape" else moved.transpose(node.attrs["perm"])
     expected = numbers.reshape(shape).transpose(perm)
     return moved.shape == expected.shape and np.array_equal(moved, expected)
+
+
+def _laid_back(graph: Graph, source: Value, shape: tuple[int, ...], perm: tuple[int, ...]) -> Value:
+    """[B, tokens, H, D] of a graph input that comes laid out: keys and values of the prompt, hoisted."""
+    back = sorted(range(4), key=lambda axis: perm[axis])
+    name = graph.fresh(f"{source.name}/Tokens")
+    return graph.add_node("Transpose", [source], name, dtype=source.dtype, shape=shape, attrs={"perm": back})
 
 
 def _three_axes(graph: Graph, value: Value, shape: list[int]) -> Value:

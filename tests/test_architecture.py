@@ -27,6 +27,7 @@ LAYERS = {
     "vdq_export.metrics": 1,
     "vdq_export.external_data": 1,
     "vdq_export.graph": 1,
+    "vdq_export.promise": 1,
     "vdq_export.hadamard": 1,
     "vdq_export.number_grid": 1,
     "vdq_export.ort": 1,
@@ -69,6 +70,7 @@ LAYERS = {
     "vdq_export.commands": 5,
     "vdq_export.cli": 6,
 }
+_GRAPH = ("vdq_export.graph", "vdq_export.promise")
 # Free of layers: files, pictures, progress; used by anyone above the types, and must not import upwards themselves.
 SIDE = 2
 
@@ -122,8 +124,8 @@ def wrong_imports(name: str, tree: ast.AST) -> list[str]:
             found.append(f"{where}: relative")
         elif target.split(".")[0] in TOPS:
             found.append(f"{where}: say vdq_export.{target}")
-        elif target.split(".")[0] == "onnx_graphsurgeon" and name != "vdq_export.graph":
-            found.append(f"{where}: only vdq_export.graph may")
+        elif target.split(".")[0] == "onnx_graphsurgeon" and name not in _GRAPH:
+            found.append(f"{where}: only {' and '.join(_GRAPH)} may")
         elif target.split(".")[0] == "vdq_export":
             if layer(target) > layer(name):
                 found.append(f"{where}: upwards")

@@ -14,7 +14,6 @@ from unittest import mock
 import numpy as np
 import onnx
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
@@ -22,11 +21,12 @@ from onnx import helper
 from tests import graphs, tiny_model
 from tests.families import FAMILIES
 from vdq_export import hoisting, hoisting_cut, ort, pipeline
+from vdq_export.calib.constant_inputs import Constancy
 from vdq_export.contract import PassContext
 from vdq_export.errors import PassError
 from vdq_export.graph import Array, Graph, Node
 from vdq_export.hoisting import Feeds, Hoisted, Role, split
-from vdq_export.model import Model, Step
+from vdq_export.model import Model
 from vdq_export.samples import digits
 from vdq_export.trace import trace
 from vdq_export.trace_weightless import trace_weightless
@@ -142,6 +142,23 @@ def test_the_cut_is_the_cheapest(graph: Graph, value: int) -> None:
         costs = [cost(graph, choice, movable, ["p", "q"]) for choice in choices]
         assert cost(graph, found, movable, ["p", "q"]) == min(costs)
         assert all(choice <= found for choice, one in zip(choices, costs, strict=True) if one == min(costs))
+
+
+def linears(graph: Graph) -> set[str]:
+    return {linear.name for linear in graph.linears()}
+
+
+@settings(max_examples=60)
+@given(random_graphs(), st.sampled_from([0, 300, 8000]))
+def test_the_chosen_linears_go_ahead_and_no_others(graph: Graph, value: int) -> None:
+    """Whatever crossing costs when the graph is split, the layers are those chosen before."""
+    graph.cleanup()
+    chosen = hoisting.layers(graph, ROLES)
+    with mock.patch.multiple(hoisting_cut, VALUE=value, CROSSING=1):
+        hoisted = split(graph, ROLES, chosen)
+    assert linears(hoisted.body) == linears(graph) - chosen.keys()
+    assert set(chosen) == {name for one in hoisted.ahead().values() for name in linears(one)}
+    assert hoisting.error(graph, hoisted, feeds_of(graph)) == 0.0
 
 
 # -- what may move ---------------------------------------------------------------------------------------------------
@@ -348,39 +365,22 @@ def test_integer_timesteps() -> None:
 # -- roles -----------------------------------------------------------------------------------------------------------
 
 
-def recorded(*trajectories: Sequence[Step]) -> Model:
-    return Model(torch.nn.Identity(), tiny_model.inputs(0, 1.0), list(trajectories))
-
-
-def steps_of(prompts: Sequence[float], branch: str = "cond") -> list[Step]:
-    """Steps whose prompts are filled with one number each; everything else changes."""
-    made: list[Step] = []
-    for index, number in enumerate(prompts):
-        inputs = tiny_model.inputs(index, 100.0 - index)
-        inputs["encoder_hidden_states"] = torch.full(tiny_model.PROMPT, number)
-        made.append({"t": 100.0 - index, "branch": branch, "inputs": inputs})  # type: ignore[typeddict-item]
-    return made
-
-
-def test_roles_from_what_was_recorded() -> None:
-    """A prompt may differ between branches and clips, not between steps of one branch of one clip."""
-    other = [*steps_of([5, 5]), *steps_of([6, 6], "uncond")]
-    assert hoisting.roles(recorded(steps_of([1, 1, 1]), other)) == {
+def test_roles() -> None:
+    inputs = ("hidden_states", "timestep", "encoder_hidden_states")
+    assert hoisting.roles(inputs, "timestep", {"encoder_hidden_states"}) == {
         "hidden_states": "latents", "timestep": "timestep", "encoder_hidden_states": "prompt",
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("trajectories", [[[1, 1], [2, 3]], [[1], [2]], [[1, float("nan"), 1]], []])
-def test_without_proof_no_input_is_of_the_prompt(trajectories: list[list[float]]) -> None:
-    found = hoisting.roles(recorded(*(steps_of(prompts) for prompts in trajectories)))
-    assert found["encoder_hidden_states"] == "latents"
+    assert set(hoisting.roles(inputs, "timestep", ()).values()) == {"latents", "timestep"}
 
 
 def test_the_sample_with_its_own_trajectories() -> None:
     """Roles, parts and equality on what the sampler really does, in both branches."""
     model = digits.load(calibration_cases=1)
     model.trajectories = [next(iter(model.iter_trajectories()))]
-    roles = hoisting.roles(model)
+    seen = Constancy()
+    for step in model.trajectories[0]:
+        seen.see(step)
+    roles = hoisting.roles(model.example_inputs, model.timestep_input, seen.names or ())
     assert sorted(roles.values()) == ["latents", "prompt", "timestep"]
     graph = canonical(trace(model))
     hoisted = split(graph, roles)

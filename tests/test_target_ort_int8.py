@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import onnx
 import pytest
 from msgspec.structs import replace
 
-from vdq_export import export, ort, pipeline, recipe, targets
+from vdq_export import export, hoisting, ort, pipeline, recipe, targets
 from vdq_export.contract import PassContext
 from vdq_export.errors import PlanError, UnknownNameError
 from vdq_export.graph import Graph
@@ -169,6 +170,19 @@ def test_attention_in_an_unknown_layout_is_left(canonical: Graph) -> None:
     (report,) = pipeline.run_passes(graph, ["ort_attention"], PassContext())
     assert report.applied == 3
     assert "laid out in a way not known" in report.skipped[0].why
+
+
+def test_attention_over_hoisted_keys_is_one_kernel(canonical: Graph, tiny: Model) -> None:
+    """Keys and values of the prompt come into the body laid out; the kernel takes them laid back, exactly."""
+    roles = hoisting.roles(tiny.example_inputs, tiny.timestep_input, {"encoder_hidden_states"})
+    hoisted = hoisting.split(canonical, roles)
+    fused = dataclasses.replace(hoisted, body=hoisted.body.copy())
+    (report,) = pipeline.run_passes(fused.body, ["ort_attention"], PassContext())
+    assert report.applied == 4 and not report.skipped
+    feeds = {name: tensor.numpy() for name, tensor in tiny.example_inputs.items()}
+    expected, found = (hoisting.recompose(one, [feeds])[0] for one in (hoisted, fused))
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).max() <= 1e-5 * np.abs(value).max()
 
 
 def test_a_plan_for_another_graph_is_refused(canonical: Graph, plan: QuantPlan) -> None:

@@ -10,61 +10,36 @@ from typing import Any, Literal
 
 import msgspec
 
-from vdq_export import hand_off, pipeline, sources, targets
+from vdq_export import hand_off, hoisting, hoisting_parts, pipeline, sources, targets
 from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
-from vdq_export.bundle_writer import BundleWriter, signature_of
+from vdq_export.bundle_writer import BundleWriter
 from vdq_export.calib.bins import Tsw, check_count
 from vdq_export.calib.draft import Network, draft
 from vdq_export.calib.observe import observe
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.solve import Solved, at_precision, solve
-from vdq_export.calib.step_reuse import Learnt, learn
+from vdq_export.calib.step_reuse import learn
 from vdq_export.calib.values import observe_values, plan_values
 from vdq_export.contract import PassContext, PassReport
-from vdq_export.errors import CalibrationError, ModelError, PassError, RecipeError
+from vdq_export.engine import Engine, Local
+from vdq_export.errors import CalibrationError, PassError, RecipeError
 from vdq_export.graph import Graph
-from vdq_export.manifest import Manifest, ModelIdentity, Signature
+from vdq_export.manifest import Manifest, ModelIdentity
 from vdq_export.model import Model
 from vdq_export.number_grid import numpy_type
 from vdq_export.plan import QuantPlan
+from vdq_export.planned import Part, Planned, signature_of
 from vdq_export.policy import CachePolicy, Probe
 from vdq_export.progress import Reporter
 from vdq_export.recipe import Recipe
 from vdq_export.schedule import Schedule
 from vdq_export.target_spec import TargetSpec
 from vdq_export.trace import trace
+from vdq_export.work import Work, at_work
+from vdq_export.work_store import WorkStore
 
 Dump = Callable[[str, Graph], None]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One set of weights: the float graph with smoothing and rotation carried out, and what quantizes it.
-
-    Several plans: the same weights under other activation precisions. probe: what step reuse needs of this network.
-    """
-
-    graph: Graph
-    plans: tuple[QuantPlan, ...]
-    tensors: Mapping[str, Any]
-    probe: Learnt | None = None
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What is known before any graph is quantized."""
-
-    model: Model
-    spec: TargetSpec
-    recipe: Recipe
-    parts: tuple[Part, ...]
-    reports: list[PassReport]
-
-    @property
-    def plans(self) -> tuple[QuantPlan, ...]:
-        """In the order of their bins' numbers."""
-        return tuple(sorted((p for part in self.parts for p in part.plans), key=lambda plan: plan.bins[0].index))
 
 
 @dataclass(frozen=True)
@@ -75,12 +50,22 @@ class _Settings:
     recipe: Recipe
     tsw: Tsw | None  # None: the recipe's
     optimal_bins: bool = False
+    hoist: bool = True
     calibration: Path | None = None
     save_calibration: Path | None = None
     workers: int = os.cpu_count() or 1
+    work: Work | None = None
     traced: Mapping[str, Graph] = field(default_factory=dict)
     dump: Dump | None = None
     reporter: Reporter = field(default_factory=Reporter)
+
+    @property
+    def engine(self) -> Engine:
+        return Local(self.workers) if self.work is None else self.work.engine
+
+    @property
+    def store(self) -> WorkStore | None:
+        return None if self.work is None else self.work.store
 
 
 def export(
@@ -94,18 +79,23 @@ def export(
     strict: bool = False,
     dump: Dump | None = None,
     reporter: Reporter | None = None,
+    work: Work | str | Path | None = None,
+    engine: str = "local",
     **choices: Any,
 ) -> Bundle:
     """Compile `model` for `target` and write the bundle folder `out`; returns it opened.
 
     tsw: timestep bins: a number, "auto" or "all"; by default the recipe's. recipe: a name, a TOML file, or a Recipe.
-    force: replace a bundle at `out`. strict: fail when a pass skipped a planned edit. choices: what make_plan() takes.
-    Raises VdqError subclasses.
+    force: replace a bundle at `out`. strict: fail when a pass skipped a planned edit. work: folder of
+    finished work, by default "OUT.work" until the bundle is there: an export that was cut short goes on from it.
+    engine: "local", "ray" or "ray://HOST:PORT". choices: what make_plan() takes. Raises VdqError subclasses.
     """
     reporter = reporter or Reporter()
-    with BundleWriter(out, force=force) as writer:  # first: a taken folder is refused before the hours of work
-        planned = make_plan(model, target=target, tsw=tsw, recipe=recipe, dump=dump, reporter=reporter, **choices)
-        return finish(planned, writer, strict=strict, dump=dump, reporter=reporter)
+    place = at_work(out, work=work, engine=engine, workers=choices.get("workers"))
+    with BundleWriter(out, force=force) as writer, place as settled:  # a taken folder is refused before hours of work
+        told = {"dump": dump, "reporter": reporter}
+        planned = make_plan(model, target=target, tsw=tsw, recipe=recipe, work=settled, **told, **choices)
+        return finish(planned, writer, strict=strict, **told)
 
 
 def make_plan(
@@ -122,9 +112,10 @@ def make_plan(
 
     activations: their bits, by default the target's, or the recipe's where the target has none of its own; "mixed":
     8 in linears and 16 between them, on targets that leave no operator in float.
-    choices: optimal_bins; calibration: a saved record to use instead of running the model; save_calibration; workers:
-    processes that solve layers; traced: {expert, "" for the only network: its graph} if there are any already (they
-    are edited); dump; reporter.
+    choices: optimal_bins; hoist: let what no step changes leave the graphs (docs/hoisting.md); calibration: a saved
+    record to use instead of running the model; save_calibration; workers: processes that solve layers; work: an
+    engine and a store of finished work instead; traced: {expert, "" for the only network: its graph} if there are any
+    already (they are edited); dump; reporter.
     """
     chosen = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     count = None if tsw is None else _bin_count(tsw)
@@ -159,13 +150,18 @@ def finish(
     """From plan to bundle: quantize every bin's graph into `writer` and commit it. Raises PassError with `strict`."""
     reporter = reporter or Reporter()
     reports, graphs = quantize(planned, writer, dump=dump, reporter=reporter)
+    hoisted = hoisting_parts.write(planned, writer, reporter)
     _tell(planned.reports + reports, strict, reporter)
     if planned.spec.hand_off:
         hand_off.write(writer, graphs, planned.spec, strict=strict, reporter=reporter)
     if (extra := _own_weights(planned)) > 0:
         reporter.note(f"bins with weights of their own: {extra / 1e6:.1f} MB more than one set of weights")
     schedule = Schedule.from_plans(
-        planned.plans, list(graphs), sampler=_sampler_settings(planned.model), reuse=_reuse(planned, writer)
+        planned.plans,
+        list(graphs),
+        sampler=_sampler_settings(planned.model),
+        reuse=_reuse(planned, writer),
+        hoisted=hoisted,
     )
     return writer.commit(_manifest(planned), schedule, planned.plans)
 
@@ -183,12 +179,12 @@ def quantize(
     with reporter.stage("quantize") as advance:
         for part in planned.parts:
             shared = part.graph.copy()
-            context = PassContext(part.plans[0], None, planned.spec, part.tensors)
+            context = PassContext(part.plans[0].of_bins(), None, planned.spec, part.tensors)
             reports += pipeline.run_passes(shared, pipeline.SHARED, context, dump=dump)
             for plan in part.plans:
                 for one in plan.bins:
                     graph, is_first = shared.copy(), one is part.plans[0].bins[0]
-                    context = PassContext(plan, one, planned.spec, part.tensors)
+                    context = PassContext(plan.of_bins(), one, planned.spec, part.tensors)
                     order = (*pipeline.PER_BIN, *own)
                     made = pipeline.run_passes(graph, order, context, dump=dump if is_first else None)
                     reports += made if is_first else []
@@ -208,7 +204,11 @@ def _plan_network(
     reports = pipeline.run_passes(graph, pipeline.canonical(spec.name), PassContext(spec=spec), dump=dump)
     record = _record(graph, model, expert, settings)
     probe = None if recipe.schedule.cache is None else learn(graph, model)
-    network = Network(graph, record, recipe, spec, expert, limits)
+    constant = record.constant_inputs if model.prompt_inputs is None else model.prompt_inputs
+    roles = hoisting.roles(model.example_inputs, model.timestep_input, constant)
+    layers = hoisting.layers(graph, roles) if settings.hoist else {}
+    network = Network(graph, record, recipe, spec, expert, limits, layers)
+    signature = signature_of(graph, model.timestep_input)
     parts = []
     with reporter.stage(f"solve {expert}".strip()) as advance:
         bins = recipe.tsw if settings.tsw is None else settings.tsw
@@ -218,22 +218,27 @@ def _plan_network(
             floated = graph.copy()
             told = pipeline.run_passes(floated, pipeline.FLOAT, PassContext(one, None, spec), dump=dump)
             reports += told if number == 0 else []
-            solved = solve(one, floated, record, spec, workers=settings.workers, progress=advance)
+            solved = solve(one, floated, record, spec, engine=settings.engine, store=settings.store, progress=advance)
+            hoisted = hoisting.split(floated, roles, layers) if settings.hoist else None
+            body = floated if hoisted is None else hoisted.body
             plans = _precisions(solved, record, spec, count)
             if spec.every_operator:
-                plans = _plan_values(plans, floated, model, solved, settings)
-            parts.append(Part(floated, plans, solved.tensors, probe))
+                plans = _plan_values(plans, floated, body, model, solved, settings)
+            parts.append(Part(body, plans, solved.tensors, signature, hoisted, probe))
     return parts, reports
 
 
 def _plan_values(
-    plans: tuple[QuantPlan, ...], floated: Graph, model: Model, solved: Solved, settings: _Settings
+    plans: tuple[QuantPlan, ...], floated: Graph, body: Graph, model: Model, solved: Solved, settings: _Settings
 ) -> tuple[QuantPlan, ...]:
-    """The plans with ranges of every value, observed where quantization will find it: behind the low-rank branches."""
-    graph = floated.copy()
-    pipeline.run_passes(graph, ("low_rank",), PassContext(plans[0], None, settings.spec, solved.tensors))
+    """The plans with ranges of every value of `body`, observed where quantization will find it: behind the low-rank
+    branches. The whole graph `floated` runs, for it takes the inputs there are."""
+    context = PassContext(plans[0].of_bins(), None, settings.spec, solved.tensors)
+    whole, graph = floated.copy(), body.copy()
+    for one in (whole, graph):
+        pipeline.run_passes(one, ("low_rank",), context)
     with settings.reporter.stage("observe values") as advance:
-        extremes = observe_values(graph, model, progress=advance)
+        extremes = observe_values(whole, model, progress=advance)
     return tuple(plan_values(plan, graph, extremes, settings.spec) for plan in plans)
 
 
@@ -275,7 +280,7 @@ def _record(graph: Graph, model: Model, expert: str, settings: _Settings) -> Cal
     if saved is not None:
         return CalibrationRecord.load(saved)  # draft() checks whose it is
     with settings.reporter.stage(f"calibrate {expert}".strip()) as advance:
-        record = observe(graph, model, progress=advance)
+        record = observe(graph, model, progress=advance, engine=settings.engine, store=settings.store)
     if (place := record_path(settings.save_calibration, expert)) is not None:
         record.save(place)
     return record
@@ -326,17 +331,6 @@ def _own_weights(planned: Planned) -> int:
     return extra
 
 
-def _signature(planned: Planned) -> Signature:
-    """What all graphs take and give. Raises ModelError when the networks differ in it."""
-    model = planned.model
-    found = [signature_of(part.graph.skeleton()[0], model.timestep_input) for part in planned.parts]
-    if any(one != found[0] for one in found):
-        raise ModelError(
-            f"the experts of {model.name} differ in their inputs or outputs", hint="give all the same ones"
-        )
-    return found[0]
-
-
 def _manifest(planned: Planned) -> Manifest:
     model, spec = planned.model, planned.spec
     return Manifest(
@@ -347,7 +341,7 @@ def _manifest(planned: Planned) -> Manifest:
         ),
         target=spec.name,
         isa=spec.isa,
-        signature=_signature(planned),
+        signature=planned.signature,
         recipe=planned.recipe,
         session=targets.load(spec.name).session_options(spec),
         providers=spec.providers,

@@ -23,18 +23,16 @@ plan made for the whole graph finds its layers in the parts. The nodes that make
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import onnxruntime
-import torch
 
 from vdq_export import hoisting_cut, ort
 from vdq_export.errors import PassError
 from vdq_export.graph import Array, Graph, Node, Value, is_constant
-from vdq_export.model import Model, Trajectory
 from vdq_export.plan import HoistedPart
 
 Role = Literal["latents", "timestep", "prompt"]
@@ -93,33 +91,10 @@ class Hoisted:
         return 1.0 - work(self.body).weight_bytes / self.whole.weight_bytes if self.whole.weight_bytes else 0.0
 
 
-def roles(model: Model) -> dict[str, Role]:
-    """The role of each of the model's inputs, from what its trajectories recorded.
-
-    An input is of the prompt if it is equal to the last bit at all steps of a guidance branch, in every trajectory.
-    Trajectories that have no branch of two steps show nothing: every input but the timestep then counts as latents.
-    """
-    names = [name for name in model.example_inputs if name != model.timestep_input]
-    constant, shown = set(names), False
-    for trajectory in model.iter_trajectories():
-        for steps in _branches(trajectory):
-            shown |= len(steps) > 1
-            constant -= {name for name in constant if not _same([step.get(name) for step in steps])}
-    found: dict[str, Role] = {name: "prompt" if shown and name in constant else "latents" for name in names}
-    return {**found, model.timestep_input: "timestep"}
-
-
-def _branches(trajectory: Trajectory) -> list[list[dict[str, torch.Tensor]]]:
-    """The inputs of a trajectory's steps, by guidance branch."""
-    found: dict[str, list[dict[str, torch.Tensor]]] = {}
-    for step in trajectory:
-        found.setdefault(step["branch"], []).append(step["inputs"])
-    return list(found.values())
-
-
-def _same(tensors: Sequence[torch.Tensor | None]) -> bool:
-    first = tensors[0]
-    return first is not None and all(one is first or (one is not None and torch.equal(one, first)) for one in tensors)
+def roles(inputs: Iterable[str], timestep: str, constant: Collection[str]) -> dict[str, Role]:
+    """The role of each of a model's inputs. constant: those that no step of a guidance branch changes."""
+    found: dict[str, Role] = {name: "prompt" if name in constant else "latents" for name in inputs}
+    return {**found, timestep: "timestep"}
 
 
 def layers(graph: Graph, roles: Mapping[str, Role]) -> dict[str, Part]:

@@ -296,6 +296,6 @@ class Schedule(_Data, frozen=True, dict=True):
 
 def _mean_bits(plans: Sequence[QuantPlan]) -> float:
     """Activation bits of the quantized layers, weighted by their multiplications; 0 when there are none."""
-    layers = [layer for plan in plans for layer in plan.layers if layer.quantized]
+    layers = [layer for plan in plans for layer in plan.of_bins().layers if layer.quantized]
     work = [layer.rows * layer.shape[0] * layer.shape[1] for layer in layers]
     return sum(w * layer.activation_bits for w, layer in zip(work, layers, strict=True)) / sum(work) if layers else 0.0

@@ -6,11 +6,13 @@ What fails says which layer and bin. Thresholds come from the recipe the bundle 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 
 from vdq_export import ort, pipeline, sources, targets
 from vdq_export.bundle import Bundle
@@ -24,6 +26,7 @@ from vdq_export.progress import Reporter
 from vdq_export.recipe import VerifyRecipe
 from vdq_export.report.data import JudgeScores, KernelCount, LayerQuality, VerifyReport
 from vdq_export.runtime import load
+from vdq_export.runtime.ahead import Ahead
 from vdq_export.trace import OUTPUT, trace
 
 INFINITE_DB = 200.0  # stands for "no difference at all" in JSON, which has no infinity
@@ -106,29 +109,57 @@ def compare_layers(
     wanted = {layer.name: outputs[layer.name] for layer in plan.layers if layer.quantized} | {OUTPUT: OUTPUT}
     reference = ort.session(graph, outputs=list(wanted.values()))
     sums: dict[tuple[str, int], _Energy] = {}
-    session, active = None, -1
+    network, active = None, -1
     names = {i.name for i in graph.gs.inputs}
     mine = {one.index for one in plan.bins}
-    with reporter.stage(f"compare layers {plan.name}".strip()) as advance:
+    with reporter.stage(f"compare layers {plan.name}".strip()) as advance, closing(Ahead(bundle)) as ahead:
         for done, step in enumerate(trajectory, 1):
             index = bundle.schedule.select(step["t"], step["branch"], precision=plan.precision)
             if index not in mine:
                 continue
-            if index != active:
-                graph_now = Graph.load(bundle.graph_path(index))
-                session = ort.session(graph_now, outputs=list(wanted.values()), options=bundle.manifest.session)
-                active = index
-            assert session is not None
+            if index != active or network is None:
+                network, active = _Network(bundle, index, ahead, set(wanted.values())), index
             feeds = {n: v.numpy() for n, v in step["inputs"].items() if n in names}
             exact = reference.run(list(wanted.values()), feeds)
-            actual = session.run(list(wanted.values()), feeds)
-            for layer, a, b in zip(wanted, exact, actual, strict=True):
-                sums.setdefault((layer, index), _Energy()).add(a, b, step["t"])
+            actual = network.run(feeds)
+            for (layer, name), a in zip(wanted.items(), exact, strict=True):
+                sums.setdefault((layer, index), _Energy()).add(a, actual[name], step["t"])
             advance(done, len(trajectory))
     return tuple(
         LayerQuality(layer=layer, bin=index, sqnr_db=_db(e.signal, e.noise), worst_step=e.worst_step)
         for (layer, index), e in sums.items()
     )
+
+
+class _Network:
+    """The graphs that make up one bin, run for inner values: its own, and what was hoisted out of it.
+
+    Raises BundleError for a value that none of them has.
+    """
+
+    def __init__(self, bundle: Bundle, index: int, ahead: Ahead, values: set[str]) -> None:
+        self._index, self._ahead = index, ahead
+        self._sessions: list[tuple[onnxruntime.InferenceSession, list[str]]] = []
+        hoisted, missing = bundle.schedule.ahead(index), set(values)
+        for path in [bundle.graph_path(index), *(bundle.path / one for one in (hoisted.graphs if hoisted else ()))]:
+            graph = Graph.load(path)
+            found = sorted(missing & {value.name for node in graph.nodes for value in node.outputs})
+            # Hoisted graphs as they stand: onnxruntime would take weights of 8 bits for leave to quantize activations.
+            of_bin = not self._sessions
+            options = bundle.manifest.session if of_bin else {}
+            if found or of_bin:
+                self._sessions.append((ort.session(graph, outputs=found, options=options, exact=not of_bin), found))
+            missing -= set(found)
+        if missing:
+            raise BundleError(f"no graph of bin {index} has the layer output {min(missing)}", hint="export it again")
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """{value: what it is} for the model's inputs."""
+        made: dict[str, Array] = {}
+        for session, names in self._sessions:
+            given = self._ahead.arrays(self._index, session, feeds)
+            made |= dict(zip(names, session.run(names, given), strict=True))
+        return made
 
 
 def count_kernels(bundle: Bundle) -> tuple[KernelCount, list[str]]:

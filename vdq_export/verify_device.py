@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +32,7 @@ from vdq_export.plan import Bin, QuantPlan
 from vdq_export.progress import Reporter
 from vdq_export.report.data import KernelCount, LayerQuality, VerifyReport
 from vdq_export.report.device import Bisection, DeviceBin, DeviceReport
+from vdq_export.runtime.ahead import Ahead
 from vdq_export.runtime.engine import Engine
 from vdq_export.runtime.families import Family, alone
 from vdq_export.runtime.probes import Probes
@@ -156,7 +158,7 @@ def _measure(
     exact = ort.session(graph, exact=True)
     noise = _Noise()
     for call in calls:
-        feeds = _feeds(bundle, call)
+        feeds = _feeds(bundle, index, exact, call)
         reference = model(**call["inputs"]).numpy()
         begin = time.perf_counter()
         device = session.run([output], feeds)[0]
@@ -182,8 +184,11 @@ def _measure(
     return measured, noise.worst[1], session
 
 
-def _feeds(bundle: Bundle, call: Step) -> dict[str, Array]:
-    return {one.name: call["inputs"][one.name].numpy() for one in bundle.manifest.signature.inputs}
+def _feeds(bundle: Bundle, index: int, session: Session, call: Step) -> dict[str, Array]:
+    """What `session`, of a bin's graph, takes in one call."""
+    inputs = {one.name: call["inputs"][one.name].numpy() for one in bundle.manifest.signature.inputs}
+    with closing(Ahead(bundle)) as ahead:
+        return ahead.arrays(index, session, inputs)
 
 
 def _clips(
@@ -198,8 +203,9 @@ def _clips(
         return sessions[family.bins[0]]
 
     graphs = [bundle.graph_path(index) for index in range(len(bundle.schedule.bins))]
-    engine = Engine(alone(graphs), bundle.schedule, compiled, prefetch=False)
-    probes = Probes(bundle.path, bundle.schedule.reuse, bundle.manifest.signature, _on_cpu)
+    ahead = Ahead(bundle)
+    engine = Engine(alone(graphs), bundle.schedule, compiled, ahead, prefetch=False)
+    probes = Probes(bundle.path, bundle.schedule.reuse, bundle.manifest.signature, _on_cpu, ahead)
     with (
         reporter.stage("clips on the device") as advance,
         Transformer(bundle, bundle.schedule, engine, probes) as transformer,
@@ -247,9 +253,10 @@ def _search(
     bundle: Bundle, index: int, calls: Mapping[int, Sequence[Step]], choices: Choices, reporter: Reporter
 ) -> Bisection:
     """bisect() of one bin, on the first of its calls."""
+    graph = Graph.load(bundle.graph_path(index))
     return bisect(
-        Graph.load(bundle.graph_path(index)),
-        _feeds(bundle, calls[index][0]),
+        graph,
+        _feeds(bundle, index, ort.session(graph, exact=True), calls[index][0]),
         arch=choices.arch,
         ceiling_db=NEGLIGIBLE_DB,
         label=bundle.schedule.bins[index].graph,
@@ -301,7 +308,7 @@ def _on_device(bundle: Bundle, device: DeviceReport) -> KernelCount:
     plans: dict[int, tuple[QuantPlan, Bin]] = {one.index: (plan, one) for plan in bundle.plans for one in plan.bins}
     planned = executed = 0
     for one in device.bins:
-        linears = {layer.name for layer in plans[one.bin][0].layers if layer.quantized}
+        linears = {layer.name for layer in plans[one.bin][0].of_bins().layers if layer.quantized}
         floating = {node.split(" ", 1)[1].rsplit("/", 1)[0] for node in one.off_device}
         planned += len(linears)
         executed += 0 if one.error else len(linears - floating)

@@ -15,6 +15,7 @@ from vdq_export.metrics import sqnr_db
 from vdq_export.model import Model, Trajectory, first_tensor
 from vdq_export.passes.quantize_weights import runs_in_integers
 from vdq_export.plan import Bin, QuantPlan
+from vdq_export.runtime.ahead import Ahead
 
 MAX_DROP_DB = 1.0
 
@@ -88,8 +89,10 @@ def _compare_bin(
     session = ort.session(Graph.load(path), options=bundle.manifest.session)
     compiled = openvino_runtime.compile_graph(path, settings)
     found: dict[str, list[Array]] = {"float": [], "onnxruntime": [], "openvino": []}
+    ahead = Ahead(bundle)
     for step in steps:
-        feeds = {name: tensor.numpy() for name, tensor in step["inputs"].items() if name in names}
+        inputs = {name: tensor.numpy() for name, tensor in step["inputs"].items() if name in names}
+        feeds = ahead.arrays(one.index, session, inputs)
         with torch.no_grad():
             found["float"].append(first_tensor(module(**step["inputs"])).numpy())
         found["onnxruntime"].append(session.run([output], feeds)[0])

@@ -62,7 +62,7 @@ def encodings_command(bundle: Path, out: Path, versions: tuple[encodings.Version
 def _write(bundle: Bundle, folder: Path, versions: tuple[encodings.Version, ...]) -> list[Written]:
     models: dict[str, str] = {}  # weights -> the float graph that has them
     rows: list[Written] = []
-    for graph_path in bundle.schedule.graphs:
+    for graph_path in dict.fromkeys(one.graph for one in bundle.schedule.bins):  # all others are the host's
         name = Path(graph_path).stem
         graph = Graph.load(bundle.path / graph_path)
         found = encodings.of_graph(graph)

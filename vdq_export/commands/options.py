@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -26,31 +26,67 @@ def together(*decorators: Decorator) -> Decorator:
     return apply
 
 
-def _folded(function: Callable[..., Any]) -> Callable[..., Any]:
+def _folding(names: Sequence[str]) -> Decorator:
     """The options of the model's source become part of the MODEL argument, by which it is found again."""
 
-    @wraps(function)
-    def called(model: str, **choices: Any) -> Any:
-        chosen = {name: choices.pop(name) for name in _SHAPING}
-        return function(model=sources.with_options(model, **chosen), **choices)
+    def folded(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def called(model: str, **choices: Any) -> Any:
+            chosen = {name: choices.pop(name) for name in names}
+            return function(model=sources.with_options(model, **chosen), **choices)
 
-    return called
+        return called
+
+    return folded
 
 
-_SHAPING = ("frames", "height", "width", "steps", "guidance", "shift", "prompt_embeds", "trajectories")
-shaping = together(
-    click.option("--frames", type=click.IntRange(min=1), help="Frames of the video (diffusers folders)."),
-    click.option("--height", type=click.IntRange(min=1), help="Its height in pixels."),
-    click.option("--width", type=click.IntRange(min=1), help="Its width in pixels."),
-    click.option("--steps", type=click.IntRange(min=1), help="Denoising steps; by default the family's."),
-    click.option("--guidance", type=click.FloatRange(min=0), help="Guidance scale; 1 or less: no second branch."),
-    click.option("--shift", type=click.FloatRange(min=0, min_open=True), help="Shift of a flow-matching schedule."),
-    click.option(
+def _allow(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        sources.allow_remote_code()
+
+
+remote_code = click.option(
+    "--allow-remote-code",
+    is_flag=True,
+    expose_value=False,
+    callback=_allow,
+    help="Run Python code that comes with the model's folder; read it first.",
+)
+_LOOP = {
+    "frames": click.option("--frames", type=click.IntRange(min=1), help="Frames of the video (diffusers folders)."),
+    "height": click.option("--height", type=click.IntRange(min=1), help="Its height in pixels."),
+    "width": click.option("--width", type=click.IntRange(min=1), help="Its width in pixels."),
+    "steps": click.option("--steps", type=click.IntRange(min=1), help="Denoising steps; by default the family's."),
+    "guidance": click.option(
+        "--guidance", type=click.FloatRange(min=0), help="Guidance scale; 1 or less: no second branch."
+    ),
+    "guidance_2": click.option(
+        "--guidance-2", type=click.FloatRange(min=0), help="That of the second expert; by default the same."
+    ),
+    "shift": click.option(
+        "--shift", type=click.FloatRange(min=0, min_open=True), help="Shift of a flow-matching schedule."
+    ),
+    "seed": click.option("--seed", type=click.IntRange(min=0), help="Of the first prompt's noise; the others follow."),
+    "prompt_embeds": click.option(
         "--prompt-embeds", type=click.Path(exists=True, dir_okay=False), help="Text embeddings, a safetensors file."
     ),
-    click.option("--trajectories", type=click.Path(exists=True), help="Recorded trajectories, a file or folder."),
-    _folded,
-)
+    "negative_prompt": click.option("--negative-prompt", help="Of the branch without the prompt; by default empty."),
+}
+_DATA = {
+    "prompts": click.option(
+        "--prompts",
+        type=click.Path(exists=True, dir_okay=False),
+        help="Prompts, one a line, for the pipeline's own text encoders; by default a few that are built in.",
+    ),
+    "trajectories": click.option(
+        "--trajectories", type=click.Path(exists=True), help="Recorded trajectories, a file or folder."
+    ),
+    "timestep_input": click.option("--timestep-input", help="Input of an .onnx file that carries the timestep."),
+}
+# What record takes of the same; its prompts are an argument of its own.
+loop = together(*_LOOP.values(), remote_code)
+LOOP = tuple(_LOOP)
+shaping = together(*_LOOP.values(), *_DATA.values(), remote_code, _folding((*_LOOP, *_DATA)))
 
 
 class NumberOr(click.ParamType[Any]):
@@ -85,6 +121,7 @@ planning = together(
         type=NumberOr("mixed"),
         help="Bits of activations, or `mixed`: 8 in linears, 16 between them (qnn); default: the target's or recipe's.",
     ),
+    click.option("--hoist/--no-hoist", default=True, help="Let what no step changes leave the graphs (the default)."),
     click.option("--budget", metavar="TEXT", help="Search bits per layer: size=4.2bit, bops=32 or quality=35dB."),
     click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the recipe that the search found here."),
     click.option("--workers", type=click.IntRange(min=1), help="Processes that solve layers; by default one a core."),

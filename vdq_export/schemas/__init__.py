@@ -12,9 +12,11 @@ import msgspec
 from vdq_export.manifest import Manifest
 from vdq_export.plan import QuantPlan
 from vdq_export.report.data import VerifyReport
+from vdq_export.report.hoisting import HoistingReport
 from vdq_export.schedule import Schedule
 
 TYPES: dict[str, type[msgspec.Struct]] = {
+    "hoisting": HoistingReport,
     "manifest": Manifest,
     "plan": QuantPlan,
     "report": VerifyReport,
