@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,43 +17,56 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
+from tests.families import tiny_of
 from vdq_export.metrics import sqnr_db
+from vdq_export.sources.families import Family, Tiny
 
 NETWORKS = ("transformer", "transformer_2")
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class Case:
     """A pipeline and one call of it.
 
-    name: what it shows. pipeline: diffusers class. network: builds the transformer of a seed. vae, scheduler: build
-    these. size: frames, height, width in pixels. text: shape of the embeddings, [1, L, D]. experts: networks, 1 or 2.
-    settings: more arguments of the class; parts: more components (not saved); call: more arguments of the call.
-    masked: the call wants masks of the prompts. options: more of those that the export takes.
+    name: what it shows. tiny: name of the network's configuration in tests.families. pipeline: diffusers class. vae,
+    scheduler: build these. experts: networks, 1 or 2. settings: more arguments of the class; parts: build more
+    components (not saved); call: more arguments of the call, functions of a generator where they are random. masks:
+    names of the call's masks of the prompts. options: more of those that the export takes.
     """
 
     name: str
+    tiny: str
     pipeline: str
-    network: Callable[[int], torch.nn.Module]
     vae: Callable[[], Any]
     scheduler: Callable[[], Any]
-    size: tuple[int, int, int]
-    text: tuple[int, ...] = (1, 8, 32)
     experts: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
-    parts: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, Callable[[], Any]] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
-    masked: bool = False
+    masks: tuple[str, ...] = ()
     guidance: float = 2.0
     steps: int = 3
     options: Mapping[str, object] = field(default_factory=dict)
 
+    @property
+    def family(self) -> Family:
+        return tiny_of(self.tiny)[0]
+
+    @property
+    def configuration(self) -> Tiny:
+        return tiny_of(self.tiny)[1]
+
     def spec(self, folder: Path) -> str:
-        """The MODEL argument of the folder at this size."""
-        frames, height, width = self.size
-        chosen = {"frames": frames, "height": height, "width": width, "steps": self.steps, "guidance": self.guidance}
-        return f"{folder}?" + "&".join(f"{name}={value}" for name, value in {**chosen, **self.options}.items())
+        """The MODEL argument of the folder at this size, with embeddings beside it."""
+        frames, height, width = self.configuration.video
+        chosen: dict[str, object] = {
+            "frames": frames, "height": height, "width": width, "steps": self.steps, "guidance": self.guidance,
+            "prompt_embeds": folder.with_suffix(".safetensors"), **self.options,
+        }  # fmt: skip
+        return f"{folder}?" + "&".join(f"{name}={value}" for name, value in chosen.items())
 
 
 def sensible(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -79,10 +92,12 @@ def sensible(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def build(case: Case) -> Any:
     """The pipeline, its components random and the same at each call."""
-    kind = getattr(diffusers, case.pipeline)
+    kind, settings = getattr(diffusers, case.pipeline), case.configuration.settings
     torch.manual_seed(7)
-    made = {"vae": case.vae().eval(), "scheduler": case.scheduler(), **case.parts, **case.settings}
-    made |= {name: case.network(seed) for seed, name in enumerate(NETWORKS[: case.experts])}
+    made = {"vae": case.vae().eval(), "scheduler": case.scheduler(), **case.settings}
+    made |= {name: part() for name, part in case.parts.items()}
+    for seed, name in enumerate(NETWORKS[: case.experts]):
+        made[name] = sensible(case.family.network_class()(**settings), seed)
     wanted = list(inspect.signature(kind.__init__).parameters.values())[1:]
     pipe = kind(**{p.name: made[p.name] if p.name in made else _default(p) for p in wanted})
     pipe.set_progress_bar_config(disable=True)
@@ -94,20 +109,53 @@ def _default(parameter: inspect.Parameter) -> Any:
 
 
 def save(pipe: Any, case: Case, folder: Path) -> Path:
-    """The folder as diffusers writes it, without components of this test."""
-    pipe.register_modules(**dict.fromkeys(case.parts))
+    """The folder as diffusers writes it, without components of this test; beside it embeddings of two prompts."""
+    parts = {name: getattr(pipe, name) for name in case.parts}
+    pipe.register_modules(**dict.fromkeys(parts))
     with _quiet():
         pipe.save_pretrained(folder)
-    pipe.register_modules(**case.parts)
+    pipe.register_modules(**parts)
+    held = [inputs(pipe, case, seed) for seed in (1, 2)]
+    save_file({name: torch.cat([one[name] for one in held]) for name in held[0]}, folder.with_suffix(".safetensors"))
     return folder
+
+
+def inputs(pipe: Any, case: Case, seed: int) -> dict[str, torch.Tensor]:
+    """What the float pipeline's first call of its network is given beside latent and timestep, by names of files.
+
+    The negative prompt's are in the second call, or in the first half of the first one's batch.
+    """
+    calls: list[Mapping[str, Any]] = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, values, named: calls.append(named), with_kwargs=True)
+    try:
+        play(pipe, case, seed)
+    finally:
+        hook.remove()
+    first, second = calls[0], calls[1]
+    batched = first["hidden_states"].shape[0] == 2
+    size = case.family.size(case.configuration.video, case.configuration.tokens)
+    found: dict[str, torch.Tensor] = {}
+    for name, wanted in case.family.inputs(pipe.transformer.config, size).items():
+        if wanted.value is None or "mask" in name:
+            file = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
+            cond = first[name][-1:]
+            found[file.get(name, name)] = cond.reshape(1, -1, cond.shape[-1]) if wanted.value is None else cond
+            if case.guidance > 1:
+                uncond = first[name][:1] if batched else second[name][:1]
+                found[f"negative_{file.get(name, name)}"] = uncond.reshape(found[file.get(name, name)].shape)
+    beside = case.family.beside and case.family.beside(pipe.transformer.config, size)
+    if beside is not None:
+        axis = case.family.channel_axis
+        found["image_latents"] = first["hidden_states"][-1:].narrow(axis, -beside.shape[axis], beside.shape[axis])
+    return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
 @dataclass(frozen=True)
 class Played:
     """What a pipeline made: the latents that its VAE was given and the video [F, 3, H, W] in [0, 1]."""
 
-    latents: np.ndarray[Any, Any]
-    video: np.ndarray[Any, Any]
+    latents: Array
+    video: Array
 
     def sqnr_db(self, other: Played) -> float:
         """Of `other`'s latents, against these."""
@@ -117,25 +165,25 @@ class Played:
 def play(pipe: Any, case: Case, seed: int = 3) -> Played:
     """One video from random embeddings and noise of `seed`."""
     generator = torch.Generator().manual_seed(seed)
-    frames, height, width = case.size
+    (frames, height, width), tokens = case.configuration.video, case.configuration.tokens
+    shape = case.family.inputs(case.configuration.settings, case.family.size((frames, height, width), tokens))
+    text = (1, *shape["encoder_hidden_states"].shape[-2:])
     call: dict[str, Any] = {
-        "prompt_embeds": torch.randn(case.text, generator=generator),
+        "prompt_embeds": torch.randn(text, generator=generator),
         "negative_prompt": None,  # the default of some is "", which would be encoded
-        "negative_prompt_embeds": torch.randn(case.text, generator=generator),
+        "negative_prompt_embeds": torch.randn(text, generator=generator),
         "height": height,
         "width": width,
         "num_inference_steps": case.steps,
         "guidance_scale": case.guidance,
-        "generator": generator,
         "output_type": "pt",
+        **dict.fromkeys(case.masks, torch.ones(text[:2], dtype=torch.int64)),
     }
+    call |= {name: value(generator) if callable(value) else value for name, value in case.call.items()}
     names = inspect.signature(type(pipe).__call__).parameters
-    call["video_length" if "video_length" in names else "num_frames"] = frames
-    if case.masked:
-        for name in ("prompt_attention_mask", "negative_prompt_attention_mask"):
-            call[name] = torch.ones(case.text[:2], dtype=torch.int64)
+    call |= {"generator": generator, "video_length" if "video_length" in names else "num_frames": frames}
     with _watched(pipe.vae) as given, _quiet():
-        video = pipe(**{name: value for name, value in {**call, **case.call}.items() if name in names}).frames[0]
+        video = pipe(**{name: value for name, value in call.items() if name in names}).frames[0]
     assert len(given) == 1, "the VAE decodes once"
     return Played(given[0], np.asarray(video))
 
@@ -148,9 +196,9 @@ def swap(pipe: Any, network: Any) -> None:
 
 
 @contextmanager
-def _watched(vae: Any) -> Iterator[list[np.ndarray[Any, Any]]]:
+def _watched(vae: Any) -> Iterator[list[Array]]:
     """The latents that the VAE is asked to decode."""
-    seen: list[np.ndarray[Any, Any]] = []
+    seen: list[Array] = []
     decode = vae.decode
 
     def watching(latents: torch.Tensor, *values: Any, **named: Any) -> Any:
@@ -174,7 +222,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def names(cases: Sequence[Case]) -> list[str]:
-    return [case.name for case in cases]
