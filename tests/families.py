@@ -35,9 +35,11 @@ def network(family: Family, tiny: Tiny, seed: int = 0) -> torch.nn.Module:
 
 
 def build(family: Family, tiny: Tiny) -> Model:
-    """The tiny network as a Model; the last token of each mask is masked."""
+    """The tiny network as a Model, as a folder's would be; the last token of each mask is masked."""
     module: Any = network(family, tiny)
     config = dict(module.config)
+    if family.prepare is not None:
+        family.prepare(module)
     size = family.size(tiny.video, tiny.tokens)
     extra, latent = family.inputs(config, size), family.latent(config, size)
     fixed = family.fixed(config, size)
@@ -46,7 +48,8 @@ def build(family: Family, tiny: Tiny) -> Model:
 
     def inputs(seed: int, t: float, scale: float, prompt: int) -> dict[str, torch.Tensor]:
         noise, words = (torch.Generator().manual_seed(one) for one in (seed, prompt))
-        made = {"hidden_states": scale * torch.randn(latent, generator=noise)}
+        shapes = {"hidden_states": latent, **(family.also(config, size) if family.also else {})}
+        made = {name: scale * torch.randn(shape, generator=noise) for name, shape in shapes.items()}
         made["timestep"] = torch.tensor([int(t)] if family.integer_time else [t])
         return made | {name: _given(name, one, words) for name, one in extra.items()}
 

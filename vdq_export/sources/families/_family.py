@@ -136,11 +136,6 @@ def seeded(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def one_timestep(config: Config, size: Size) -> tuple[int, ...]:
-    """(1,): one timestep for the whole video."""
-    return (1,)
-
-
 def channels(config: Config) -> int:
     """C, those beside the noise included. Raises ModelError where the configuration does not say."""
     for name in CHANNELS:
@@ -161,7 +156,7 @@ class Family:
     defaults. scheduler: the published pipeline's configuration, for a transformer folder, which has none.
     temporal, spatial: frames and pixels that one latent element stands for, unless the pipeline's VAE says otherwise;
     first_alone: the first frame is a latent of its own. layout: axes of hidden_states behind the batch.
-    integer_time: its timesteps are int64. timestep(config, size): shape of the timestep where it is not (1,).
+    integer_time: its timesteps are int64.
     hidden_states(config, size): shape of hidden_states where no layout says it.
     network: makes the class where it is none of diffusers.
     inputs(config, size): tensors beside latent and timestep that no step of a branch changes.
@@ -171,6 +166,9 @@ class Family:
     times(config, size): what a step's t is multiplied with, [1, tokens], where each token has a timestep; None: one for
     all. guided(cond, uncond, scale): the prediction of both branches. frames(config, T): latent frames that the
     network gets of so many, where it takes whole patches and the pipeline fills up.
+    also(config, size): shapes of further latents that are denoised with hidden_states, by input: audio. The network
+    then returns all predictions in one row [B, elements], one after the other (prepare() makes it). repeats: arguments
+    that a pipeline gives beside an input, always equal to it.
     prepare(network): gives a network whose shapes depend on data (tokens taken out by a mask) a form where they do not,
     in place; parameters keep their names, and the outputs are equal for every mask, which the tests show.
     The settings of the pipeline (boundary_ratio, …; "pipeline": its class) are in `config` too, if there is one.
@@ -189,7 +187,6 @@ class Family:
     first_alone: bool = True
     layout: Layout = "CTHW"
     integer_time: bool = False
-    timestep: Callable[[Config, Size], tuple[int, ...]] = one_timestep
     hidden_states: Callable[[Config, Size], tuple[int, ...]] | None = None
     network: Callable[[], type[torch.nn.Module]] | None = None
     inputs: Callable[[Config, Size], dict[str, Input]] = text
@@ -198,6 +195,8 @@ class Family:
     times: Callable[[Config, Size], torch.Tensor | None] | None = None
     guided: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = conditioned
     frames: Callable[[Config, int], int] = as_many
+    also: Callable[[Config, Size], dict[str, tuple[int, ...]]] | None = None
+    repeats: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[torch.nn.Module], None] | None = None
     published: tuple[Published, ...] = ()
     tiny: tuple[Tiny, ...] = ()

@@ -118,8 +118,8 @@ FAMILY = Family(
     beside=_beside,
     prepare=_prepare,
     published=(
-        Published("HunyuanVideo-1.5-480p T2V", {"task_type": "t2v"}, 8.33e9, 0),
-        Published("HunyuanVideo-1.5-480p I2V", {"task_type": "i2v"}, 8.33e9, 0),
+        Published("HunyuanVideo-1.5-480p T2V", {"task_type": "t2v"}, 8.327e9, 784),
+        Published("HunyuanVideo-1.5-480p I2V", {"task_type": "i2v"}, 8.327e9, 784),
     ),
     tiny=(Tiny(_TINY, (5, 64, 64)), Tiny({**_TINY, "task_type": "i2v"}, (5, 64, 64), variant="image")),
 )  # fmt: skip

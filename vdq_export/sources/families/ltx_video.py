@@ -31,7 +31,15 @@ FAMILY = Family(
     },
     inputs=text_and_mask,
     fixed=_fixed,
-    published=(Published("LTX-Video 2B", {}, 1.923e9, 287),),
+    published=(
+        Published("LTX-Video 2B", {}, 1.923e9, 287),
+        Published(
+            "LTX-Video 13B (0.9.7)",
+            {"num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096},
+            13.043e9,
+            487,
+        ),
+    ),
     tiny=(
         Tiny(
             {

@@ -79,7 +79,7 @@ FAMILY = Family(
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True},
     inputs=text_and_mask,
     prepare=_prepare,
-    published=(Published("Mochi 1 preview", {}, 10.03e9, 0),),
+    published=(Published("Mochi 1 preview", {}, 10.028e9, 677),),
     tiny=(
         Tiny(
             {
