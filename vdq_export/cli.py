@@ -37,6 +37,7 @@ class BareExport(click.Group):
 
 _COMMANDS = {
     "export": ("export", "export_command"),
+    "record": ("record", "record_command"),
     "verify": ("verify", "verify_command"),
     "compile": ("compile", "compile_command"),
     "run": ("run", "run_command"),

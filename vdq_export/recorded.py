@@ -1,13 +1,13 @@
 """Recorded trajectories as files: one safetensors file each, so that what was run elsewhere calibrates here.
 
-Tensors are called "<step>.<input>", for example "0003.hidden_states"; a tensor that the step before had, too (text), is
-stored once, there. The header's metadata has "format" and "steps": JSON, a list of {"t", "branch", "inputs": {input:
-tensor's name}}.
+Tensors are called "<step>.<input>", for example "0003.hidden_states"; a tensor that a step before had, too (text, the
+latent of both guidance branches), is stored once, there. The header's metadata has "format" and "steps": JSON, a list
+of {"t", "branch", "inputs": {input: tensor's name}}. Beside them, record.json says what was recorded (recording.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,32 @@ from vdq_export.errors import ModelError
 from vdq_export.model import Step, Trajectory
 
 FORMAT = "vdq-trajectory-1"
+SETTINGS = "record.json"  # beside the files: what was recorded
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a folder of recordings is of. model: the MODEL argument with its options; prompts: their words, or none
+    where embeddings were given, whose file's sha256 is then in `embeddings`."""
+
+    model: str
+    prompts: tuple[str, ...] = ()
+    negative: str = ""
+    embeddings: str = ""
+    frames: int = 0
+    height: int = 0
+    width: int = 0
+    format: Literal[1] = 1
+
+    @staticmethod
+    def read(folder: Path) -> Settings | None:
+        """Those of a folder, None without any. Raises ModelError for a file that says something else."""
+        path = folder / SETTINGS
+        if not path.is_file():
+            return None
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=Settings)
+        except msgspec.DecodeError as error:
+            raise ModelError(f"{path} cannot be read: {error}", hint="record into another folder") from error
 
 
 class _Call(msgspec.Struct, forbid_unknown_fields=True):
@@ -36,8 +62,9 @@ def save(trajectory: Trajectory, path: Path) -> None:
     for number, step in enumerate(trajectory):
         names = {}
         for key, tensor in step["inputs"].items():
-            before = latest.get((key, step["branch"]))
-            if before is None or not _same(stored[before], tensor):
+            known = (latest.get((key, branch)) for branch in (step["branch"], "cond", "uncond"))
+            before = next((one for one in known if one is not None and _same(stored[one], tensor)), None)
+            if before is None:
                 before = f"{number:04d}.{key}"
                 stored[before] = tensor.detach().cpu().contiguous().clone()
             latest[key, step["branch"]] = names[key] = before
@@ -52,6 +79,7 @@ class Recorded:
     """
 
     def __init__(self, place: Path) -> None:
+        self.settings = Settings.read(place if place.is_dir() else place.parent)
         self._files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] * place.is_file()
         if not self._files:
             raise ModelError(f"there are no recorded trajectories at {place}", hint="record them, one file each")
@@ -86,3 +114,22 @@ def read(path: Path) -> Trajectory:
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and bool(torch.equal(one, other.detach().cpu()))
+
+
+def check(recorded: Recorded, example: Mapping[str, torch.Tensor], place: Path) -> None:
+    """Every recorded step has the example's inputs, shapes and types. Raises ModelError for the first that has not."""
+    wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in example.items()}
+    for number, trajectory in enumerate(recorded):
+        for index, step in enumerate(trajectory):
+            found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in step["inputs"].items()}
+            for name in sorted(wanted.keys() | found.keys()):
+                if wanted.get(name) != found.get(name):
+                    raise ModelError(
+                        f"{place}: trajectory {number}, step {index} has {name} {_text(found.get(name))}, "
+                        f"the model takes {_text(wanted.get(name))}",
+                        hint="record at the same --frames, --height and --width",
+                    )
+
+
+def _text(signature: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "not at all" if signature is None else f"{list(signature[0])} {str(signature[1]).removeprefix('torch.')}"

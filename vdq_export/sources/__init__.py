@@ -12,7 +12,7 @@ from types import ModuleType
 
 from vdq_export.errors import ModelError
 from vdq_export.model import Model
-from vdq_export.sources import _options
+from vdq_export.sources import _options, _remote_code
 
 DEFAULT = "sample:digits"
 
@@ -21,6 +21,11 @@ def kinds() -> list[ModuleType]:
     """The source modules, by name."""
     modules = [import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
     return [module for module in modules if hasattr(module, "ACCEPTS")]
+
+
+def allow_remote_code() -> None:
+    """From here on, code that comes with a model's folder may run. Never implied by a MODEL argument."""
+    _remote_code.allow()
 
 
 def with_options(spec: str, **chosen: object) -> str:

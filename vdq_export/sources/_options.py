@@ -28,6 +28,11 @@ class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     shift: Annotated[float, msgspec.Meta(gt=0)] | None = None
     prompt_embeds: str | None = None
     trajectories: str | None = None
+    prompts: str | None = None
+    negative_prompt: str | None = None
+    guidance_2: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    timestep_input: str | None = None
 
     def names(self) -> list[str]:
         """The options that were chosen, as they are typed."""

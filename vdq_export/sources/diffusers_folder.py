@@ -1,28 +1,35 @@
 """A folder that diffusers' save_pretrained() wrote: a whole pipeline, or its transformer alone.
 
-Wan (also two experts), CogVideoX and LTX with their pipelines' defaults; any other *Transformer3DModel whose arguments
-are known (_shapes). Nothing in the folder is run: configurations are read, weights are mapped safetensors.
+Families with a file in families/ are called as their pipelines call them; any other *Transformer3DModel whose
+arguments are known (_shapes). Nothing in the folder is run: configurations are read, weights are mapped safetensors,
+text is encoded and clips are decoded by classes of diffusers and transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
-from vdq_export.errors import ModelError
+from vdq_export import fixed_arguments, recorded
+from vdq_export.errors import MissingToolError, ModelError
 from vdq_export.experts import Expert, Experts
 from vdq_export.model import Model
 from vdq_export.recorded import Recorded
-from vdq_export.sources import _denoise, _scheduling, _shapes, _weights
+from vdq_export.sources import _denoise, _embeddings, _pipeline, _scheduling, _shapes, _text
 from vdq_export.sources._options import Options
-from vdq_export.sources._weights import Network, read_json
+from vdq_export.sources._pipeline import Pipeline
+from vdq_export.sources._sampler import FolderSampler
+from vdq_export.sources._text import Prompt
+from vdq_export.sources._weights import Network
 
 ACCEPTS = "a folder of a diffusers pipeline or transformer"
 TAKES_OPTIONS = True
-_INDEX = "model_index.json"
 
 
 def accepts(spec: str) -> bool:
@@ -31,73 +38,87 @@ def accepts(spec: str) -> bool:
 
 def load(spec: str, options: Options) -> Model:
     """The model with static shapes as `options` and the folder say. Raises ModelError for what does not fit."""
-    _refuse_both(options)
-    folder = Path(spec)
-    pipeline, index = _pipeline(folder)
-    networks = _networks(folder, index)
-    first = networks[0]
-    recorded = None if options.trajectories is None else Recorded(Path(options.trajectories))
-    prompts = None if options.prompt_embeds is None else _denoise.read_embeddings(Path(options.prompt_embeds))
-    call = _shapes.call(first, spec, _vae(pipeline), options, _tokens(recorded, prompts))
+    _refuse(options)
+    pipeline = _pipeline.read(Path(spec))
+    held = None if options.trajectories is None else Recorded(Path(options.trajectories))
+    if held is not None:
+        options = _sized(options, held)
+    found = _Prompts([]) if held is not None else _prompts(pipeline, options)
+    networks, first = pipeline.networks, pipeline.networks[0]
+    call = _shapes.call(first, spec, pipeline.vae, options, _tokens(held, found.prompts))
     for one in networks:
         one.fix(call.fixed)
-    notes = [note for one in networks for note in one.notes]
-    horizon = _horizon(pipeline, first.class_name) if len(networks) > 1 else 0.0
-    module = _module(networks, index, horizon, folder)
-    facts: dict[str, Any] = {
-        "class": first.class_name,
-        "frames": call.size.frames,
-        "height": call.size.height,
-        "width": call.size.width,
-        "settings": {name: value for name, value in first.config.items() if not name.startswith("_")},
-    }
-    if recorded is not None:
-        example = dict(next(iter(recorded))[0]["inputs"])
-        text = {name: tensor for name, tensor in example.items() if name not in ("hidden_states", "timestep")}
-        latent = torch.zeros(call.latent)
-        _denoise.check_recorded(recorded, _denoise.inputs(call, latent, example["timestep"], text), folder)
-        return _model(module, networks, call, example, recorded, {"config": facts, "notes": notes})
-    guidance = call.family.guidance if options.guidance is None else options.guidance
-    config, origin = _scheduling.config_of(pipeline, first.class_name)
-    if pipeline is None:
-        notes.append(f"{spec} has no scheduler: {config['_class_name']} as in the family's published pipeline")
-    steps = options.steps or call.family.steps
-    tokens = call.latent[1] if call.family.layout == "tokens" else _count(call)
-    scheduler = _scheduling.Scheduler(config, origin, steps, options.shift, tokens)
-    if prompts is None:
-        prompts = _denoise.random_embeddings(call)
-        notes.append(_denoise.RANDOM_NOTE)
-    _check_prompts(prompts, call, guidance, options.prompt_embeds)
-    call = _denoise.with_masks(call, prompts)
-    generated = _denoise.Generated(module, call, scheduler, prompts, guidance)
-    example = _denoise.inputs(call, torch.zeros(call.latent), scheduler.timesteps[0], prompts[0]["cond"])
-    facts |= {"scheduler": scheduler.name, "steps": steps, "guidance": guidance, "shift": options.shift}
-    return _model(module, networks, call, example, generated, {"config": facts, "notes": notes})
+    notes = [*(note for one in networks for note in one.notes), *found.notes]
+    facts = _facts(first, call)
+    if held is not None:
+        return _from_recorded(pipeline, call, held, {"config": facts, "notes": notes})
+    guidance, call = _guidance(pipeline, call, options)
+    prompts = found.prompts or _embeddings.random(call)
+    prompts = _embeddings.check(prompts, call, len(guidance.branches) > 1, found.origin, _arguments(first))
+    call = _embeddings.with_masks(call, prompts)
+    scheduler = _scheduler(pipeline, call, options)
+    if pipeline.index is None:
+        notes.append(f"{spec} has no scheduler: {scheduler.name} as in the family's published pipeline")
+    module = _module(pipeline)
+    loop = _denoise.Loop(call, scheduler, prompts, guidance, options.seed or 0)
+    example = _embeddings.inputs(call, torch.zeros(call.latent), scheduler.timesteps[0], prompts[0]["cond"])
+    facts |= {"scheduler": scheduler.name, "steps": scheduler.steps, "guidance": guidance.scale, "shift": options.shift}
+    generated = _denoise.Generated(module, loop)
+    made = _model(pipeline, module, example, generated, call, {"config": facts, "notes": notes})
+    made.sampler = FolderSampler(loop, found.words or [""] * len(prompts), pipeline.vae and pipeline.vae.parent)
+    return made
 
 
 def _model(
+    pipeline: Pipeline,
     module: torch.nn.Module,
-    networks: list[Network],
-    call: _shapes.Call,
     example: dict[str, Any],
     trajectories: Recorded | _denoise.Generated,
+    call: _shapes.Call,
     metadata: dict[str, Any],
 ) -> Model:
     """The model, whose weights stay in their files; experts have theirs each."""
-    one = networks[0] if len(networks) == 1 else None
+    one = pipeline.networks[0] if len(pipeline.networks) == 1 else None
+    weights = (None, None) if one is None else (one.checkpoint, one.make)
+    steady = tuple(name for name in example if name not in ("hidden_states", "timestep"))
     return Model(
-        module,
-        example,
-        trajectories,
-        metadata=metadata,
-        checkpoint=None if one is None else one.checkpoint,
-        make=None if one is None else one.make,
-        prompt_inputs=tuple(name for name in example if name in call.inputs),
+        module, example, trajectories, metadata=metadata, checkpoint=weights[0], make=weights[1], prompt_inputs=steady
     )
 
 
-def _refuse_both(options: Options) -> None:
-    """Recorded trajectories have their schedule and text in them."""
+def _from_recorded(pipeline: Pipeline, call: _shapes.Call, held: Recorded, metadata: dict[str, Any]) -> Model:
+    example = dict(next(iter(held))[0]["inputs"])
+    text = {name: tensor for name, tensor in example.items() if name not in ("hidden_states", "timestep")}
+    wanted = _embeddings.inputs(call, torch.zeros(call.latent), example["timestep"], text)
+    recorded.check(held, wanted, pipeline.folder)
+    return _model(pipeline, _module(pipeline), example, held, call, metadata)
+
+
+def _sized(options: Options, held: Recorded) -> Options:
+    """`options` with the sizes that were recorded, where no others are asked for."""
+    known = held.settings
+    if known is None:
+        return options
+    sizes = {name: getattr(options, name) or getattr(known, name) or None for name in ("frames", "height", "width")}
+    return msgspec.structs.replace(options, **sizes)
+
+
+def _facts(network: Network, call: _shapes.Call) -> dict[str, Any]:
+    """What a bundle's manifest says about the model."""
+    return {
+        "class": network.class_name,
+        "frames": call.size.frames,
+        "height": call.size.height,
+        "width": call.size.width,
+        "settings": {name: value for name, value in network.config.items() if not name.startswith("_")},
+        "fixed": {name: fixed_arguments.describe(value) for name, value in call.fixed.items()},
+    }
+
+
+def _refuse(options: Options) -> None:
+    """Options that exclude each other: recorded trajectories have their schedule and text in them."""
+    if options.timestep_input is not None:
+        raise ModelError("--timestep-input is for .onnx files", hint="a diffusers transformer's is called timestep")
     if options.trajectories is not None:
         others = set(options.names()) - {"--trajectories", "--frames", "--height", "--width"}
         if others:
@@ -105,102 +126,87 @@ def _refuse_both(options: Options) -> None:
                 f"--trajectories and {sorted(others)[0]} exclude each other",
                 hint="schedule and text of recorded trajectories are recorded",
             )
+    if options.prompt_embeds is not None and (options.prompts or options.negative_prompt) is not None:
+        raise ModelError("--prompt-embeds and --prompts exclude each other", hint="give the text or what became of it")
 
 
-def _pipeline(folder: Path) -> tuple[Path | None, Mapping[str, Any]]:
-    """(pipeline folder, its index); (None, {}) for a transformer folder. Raises ModelError for neither."""
-    if (folder / _INDEX).is_file():
-        return folder, read_json(folder / _INDEX)
-    if (folder / "config.json").is_file():
-        return None, {}
-    raise ModelError(
-        f"{folder} is no diffusers folder: neither {_INDEX} nor config.json is in it",
-        hint="give a folder that save_pretrained() wrote",
-    )
+@dataclass(frozen=True)
+class _Prompts:
+    """prompts: [] for none; words: of each, where they are known; origin: where they are from; notes: what to say."""
+
+    prompts: Sequence[Prompt]
+    words: list[str] | None = None
+    origin: str = ""
+    notes: tuple[str, ...] = ()
 
 
-def _networks(folder: Path, index: Mapping[str, Any]) -> list[Network]:
-    """The transformer, or both experts, which must be alike."""
-    if not index:
-        return [_weights.read(folder)]
-    if not _listed(index, "transformer"):
-        raise ModelError(f"{folder / _INDEX} names no transformer", hint="only pipelines of transformers are read")
-    if index.get("expand_timesteps"):
-        raise ModelError(
-            f"{folder / _INDEX}: expand_timesteps gives each token a timestep", hint="such models are not read yet"
-        )
-    networks = [_weights.read(folder / "transformer")]
-    if _listed(index, "transformer_2"):
-        second = _weights.read(folder / "transformer_2")
-        differing = sorted(
-            name
-            for name in networks[0].config.keys() | second.config.keys()
-            if not name.startswith("_") or name == "_class_name"
-            if networks[0].config.get(name) != second.config.get(name)
-        )
-        if differing:
-            raise ModelError(
-                f"{folder}: config.json of transformer and transformer_2 differ in {', '.join(differing)}",
-                hint="two experts must have the same configuration",
-            )
-        networks.append(second)
-    return networks
+def _prompts(pipeline: Pipeline, options: Options) -> _Prompts:
+    """Text embeddings: given, or made by the pipeline's own encoders, or none, which is said."""
+    if options.prompt_embeds is not None:
+        return _Prompts(_embeddings.read(Path(options.prompt_embeds)), origin=options.prompt_embeds)
+    words = list(_text.PROMPTS) if options.prompts is None else _text.read_prompts(Path(options.prompts))
+    parts = _text.parts(pipeline.index or {})
+    asked = (options.prompts or options.negative_prompt) is not None
+    if not parts:
+        if asked:
+            raise ModelError(f"{pipeline.folder} has no text encoder", hint="give --prompt-embeds or --trajectories")
+        return _Prompts([], notes=(f"no text encoder, --prompt-embeds or --trajectories: {_embeddings.RANDOM_NOTE}",))
+    missing = next((name for name in parts if not (pipeline.folder / name).is_dir()), None)
+    if missing is not None and not asked:
+        return _Prompts([], notes=(f"{pipeline.folder / missing} is missing: {_embeddings.RANDOM_NOTE}",))
+    try:
+        made = pipeline.encode(words, options.negative_prompt or "")
+    except MissingToolError as error:
+        if asked:
+            raise
+        return _Prompts([], notes=(f"{error}: {_embeddings.RANDOM_NOTE}",))
+    return _Prompts(made, words, origin=str(pipeline.folder))
 
 
-def _listed(index: Mapping[str, Any], part: str) -> bool:
-    """Whether a pipeline has this part: an index says [null, null] of one it may have and has not."""
-    entry = index.get(part)
-    return isinstance(entry, list) and any(one is not None for one in entry)
+def _arguments(network: Network) -> frozenset[str]:
+    """What the network can be called with."""
+    return frozenset(inspect.signature(type(network.module).forward).parameters)
 
 
-def _module(networks: list[Network], index: Mapping[str, Any], horizon: float, folder: Path) -> torch.nn.Module:
-    """The one network, or Experts told apart at boundary_ratio × the scheduler's training timesteps."""
-    if len(networks) == 1:
-        return networks[0].module
-    ratio = index.get("boundary_ratio")
-    if not isinstance(ratio, float) or not 0 < ratio < 1:
-        raise ModelError(
-            f"{folder / _INDEX}: boundary_ratio is {ratio!r}, and there are two transformers",
-            hint="it says, between 0 and 1, where the second one begins",
-        )
-    boundary = ratio * horizon
-    ranges = zip(networks, ("high", "low"), ((boundary, horizon), (0.0, boundary)), strict=True)
-    return Experts([Expert(name, one.module, t, one.checkpoint, one.make) for one, name, t in ranges])
+def _guidance(pipeline: Pipeline, call: _shapes.Call, options: Options) -> tuple[_denoise.Guidance, _shapes.Call]:
+    """(classifier-free guidance, the call with embedded guidance where the network takes that instead)."""
+    chosen, family = options.guidance, call.family
+    embedded = call.inputs.get("guidance")
+    if options.guidance_2 is not None and len(pipeline.networks) == 1:
+        raise ModelError(f"{pipeline.folder} has one transformer", hint="--guidance-2 is for the second of two experts")
+    if embedded is not None:
+        if chosen is not None:  # such networks are told 1000 times the scale
+            told = replace(embedded, value=1000.0 * chosen)
+            call = replace(call, inputs={**call.inputs, "guidance": told})
+        return _denoise.Guidance(1.0), call
+    scale = family.guidance if chosen is None else chosen
+    return _denoise.Guidance(
+        scale, options.guidance_2, pipeline.boundary if options.guidance_2 is not None else 0.0
+    ), call
 
 
-def _horizon(pipeline: Path | None, class_name: str) -> float:
-    config, origin = _scheduling.config_of(pipeline, class_name)
-    return _scheduling.Scheduler(config, origin, 1, None, 1).horizon
+def _scheduler(pipeline: Pipeline, call: _shapes.Call, options: Options) -> _scheduling.Scheduler:
+    config, origin = pipeline.schedule
+    positions = int(torch.Size(call.latent).numel()) // call.latent[call.channel_axis]
+    return _scheduling.Scheduler(config, origin, options.steps or call.family.steps, options.shift, positions)
 
 
-def _vae(pipeline: Path | None) -> Path | None:
-    path = None if pipeline is None else pipeline / "vae" / "config.json"
-    return path if path is not None and path.is_file() else None
+def _module(pipeline: Pipeline) -> torch.nn.Module:
+    """The one network, or Experts told apart at the pipeline's boundary."""
+    if len(pipeline.networks) == 1:
+        return pipeline.networks[0].module
+    ranges = ((pipeline.boundary, pipeline.horizon), (0.0, pipeline.boundary))
+    named = zip(pipeline.networks, ("high", "low"), ranges, strict=True)
+    return Experts([Expert(name, one.module, t, one.checkpoint, one.make) for one, name, t in named])
 
 
-def _tokens(recorded: Recorded | None, prompts: list[_denoise.Prompt] | None) -> int | None:
+def _tokens(held: Recorded | None, prompts: Sequence[Prompt]) -> int | None:
     """Text tokens of the data there is."""
-    if prompts is not None:
-        return prompts[0]["cond"]["encoder_hidden_states"].shape[1]
-    if recorded is None:
+    if prompts:
+        return prompts[0]["cond"][_embeddings.TEXT].shape[1]
+    if held is None:
         return None
-    given = next(iter(recorded))[0]["inputs"]
-    if missing := sorted({"timestep", "encoder_hidden_states"} - given.keys()):
+    given = next(iter(held))[0]["inputs"]
+    if missing := sorted({"timestep", _embeddings.TEXT} - given.keys()):
         raise ModelError(f"the recorded steps have no {missing[0]}", hint="record every input of the transformer")
-    return given["encoder_hidden_states"].shape[1]
-
-
-def _count(call: _shapes.Call) -> int:
-    """Latent positions, T·H·W."""
-    return int(torch.Size(call.latent).numel()) // call.latent[call.channel_axis]
-
-
-def _check_prompts(prompts: list[_denoise.Prompt], call: _shapes.Call, guidance: float, origin: str | None) -> None:
-    found = prompts[0]["cond"]["encoder_hidden_states"].shape[2]
-    if found != call.text[2]:
-        raise ModelError(
-            f"{origin}: embeddings are {found} wide, the model takes {call.text[2]}",
-            hint="make them with its own encoder",
-        )
-    if guidance > 1 and "encoder_hidden_states" not in prompts[0]["uncond"]:
-        raise ModelError(f"{origin} has no negative_prompt_embeds", hint="guidance needs them; or --guidance 1")
+    return given[_embeddings.TEXT].shape[1]
