@@ -1,0 +1,122 @@
+"""Units on a Ray cluster. Ray is an extra; nothing of it is imported before a cluster is asked for."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+from vdq_export.calib.workers import ONE_THREAD
+from vdq_export.engine import EngineError
+from vdq_export.errors import CalibrationError, MissingToolError
+
+RETRIES = 3  # of a unit whose process or machine was lost
+AHEAD = 2  # units handed over for each core: one runs, the next is there when it is done
+
+
+class Ray:
+    """The cluster at `address` ("ray://HOST:PORT"); "": the one this machine belongs to, else one of this machine
+    alone, with `workers` processes, that ends with this engine.
+
+    Machines of a cluster need this package in the same version. Where the disk of this one is not theirs, they need
+    nothing from it: units are sent over. Raises MissingToolError without Ray, EngineError where no cluster answers.
+    """
+
+    is_remote = True
+
+    def __init__(self, address: str = "", workers: int = 1) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before it is imported: nobody is told of this export
+        try:
+            import ray
+        except ImportError as error:
+            raise MissingToolError("--engine ray needs Ray", hint="pip install 'vdq-export[ray]'") from error
+        self._ray = ray
+        self._ours = not ray.is_initialized()
+        self._local = False
+        if self._ours:
+            self._connect(address, workers)
+        environment = {**ONE_THREAD, "RAY_USAGE_STATS_ENABLED": "0"}
+        if self._local:  # a cluster of this machine finds what this process finds
+            environment["PYTHONPATH"] = os.pathsep.join(one for one in sys.path if one)
+        self._remote = ray.remote(num_cpus=1, max_retries=RETRIES, runtime_env={"env_vars": environment})(_call)
+
+    def __enter__(self) -> Ray:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._ours:
+            self._ray.shutdown()
+
+    def in_order(
+        self,
+        function: Callable[..., Any],
+        tasks: Iterable[Any],
+        *,
+        name: Callable[[Any], str],
+        is_light: Callable[[Any], bool] = lambda task: False,
+        shared: Any = None,
+    ) -> Iterator[Any]:
+        """As Engine.in_order() says. A unit whose process or machine is lost is done again, RETRIES times."""
+        before = () if shared is None else (self._ray.put(shared),)
+        drawn, running, left = iter(tasks), deque[tuple[str, Any]](), True
+        try:
+            while left or running:
+                while left and len(running) < self._room():
+                    task = next(drawn, _END)
+                    if task is _END:
+                        left = False
+                    elif is_light(task):
+                        own = () if shared is None else (shared,)
+                        running.append(("", function(*own, task)))
+                    else:
+                        running.append((name(task), self._remote.remote(function, task, *before)))
+                if running:
+                    called, unit = running.popleft()
+                    yield self._answer(called, unit) if called else unit
+        finally:
+            for called, unit in running:
+                if called:
+                    self._ray.cancel(unit, force=True)
+
+    def _room(self) -> int:
+        return max(1, AHEAD * int(self._ray.cluster_resources().get("CPU", 1)))
+
+    def _answer(self, called: str, unit: Any) -> Any:
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(unit)
+        except errors.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from error
+        except errors.RayError as error:
+            raise CalibrationError(
+                f"{called} was lost {RETRIES + 1} times with its process or machine ({type(error).__name__})",
+                hint="fewer units at once need less memory; finished ones are kept",
+            ) from error
+
+    def _connect(self, address: str, workers: int) -> None:
+        settings: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+        try:
+            if address:
+                self._ray.init(address=address, **settings)
+                return
+            try:
+                self._ray.init(address="auto", **settings)
+            except ConnectionError:
+                self._local = True
+                self._ray.init(address="local", num_cpus=workers, include_dashboard=False, **settings)
+        except (ConnectionError, OSError, RuntimeError, ValueError, ImportError) as error:
+            where = address or "on this machine"
+            raise EngineError(f"no Ray cluster {where}: {' '.join(str(error).split())}", hint="ray status") from error
+
+
+_END = object()
+
+
+def _call(function: Callable[..., Any], task: Any, *before: Any) -> Any:
+    """In a process of the cluster."""
+    return function(*before, task)
