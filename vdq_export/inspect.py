@@ -7,11 +7,13 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from safetensors import safe_open
 
 from vdq_export import graph_view
 from vdq_export.bundle import Bundle
 from vdq_export.graph_view import GraphView, Op
 from vdq_export.manifest import MANIFEST
+from vdq_export.schedule import Hoisted
 
 # Operators that multiply by a weight -> the slot it is in; the integer ones are quantized by what they are.
 FLOAT_LINEARS = {"MatMul": 1, "Gemm": 1}
@@ -43,6 +45,17 @@ class ScaleSpread(msgspec.Struct, frozen=True):
     ratio: float
 
 
+class AheadSummary(msgspec.Struct, frozen=True):
+    """What runs ahead of the graphs of `bins`: graphs by path, and `rows` of `values` tables, `table_bytes` in all."""
+
+    bins: tuple[int, ...]
+    graphs: tuple[str, ...]
+    tables: str
+    rows: int
+    values: int
+    table_bytes: int
+
+
 class Summary(msgspec.Struct, frozen=True):
     """`size`: bytes of all files of a bundle, or of the .onnx file with its external data. `scales`: widest first."""
 
@@ -51,6 +64,7 @@ class Summary(msgspec.Struct, frozen=True):
     size: int
     graphs: tuple[GraphSummary, ...]
     scales: tuple[ScaleSpread, ...] = ()
+    ahead: tuple[AheadSummary, ...] = ()
     model: str = ""
     target: str = ""
     recipe: str = ""
@@ -77,6 +91,7 @@ def summarize(path: Path) -> Summary:
         what="bundle",
         size=bundle.size,
         graphs=tuple(summarize_view(view, label) for label, view in views.items()),
+        ahead=tuple(_ahead(bundle, one) for one in bundle.schedule.hoisted),
         scales=tuple(spread for kind, bins in alike.items() for spread in scale_spread(bins, kind)),
         model=bundle.manifest.model.name,
         target=bundle.manifest.target,
@@ -91,6 +106,15 @@ def bundle_graphs(bundle: Bundle) -> dict[str, Path]:
     listed = [entry.path for entry in bundle.manifest.files if entry.path.endswith(".onnx")]
     paths = [path for path in listed if not path.startswith("contexts/")]
     return found | {path: bundle.path / path for path in paths if path not in bins}
+
+
+def _ahead(bundle: Bundle, hoisted: Hoisted) -> AheadSummary:
+    values, entry = 0, bundle.manifest.file(hoisted.tables)
+    if entry is not None:
+        with safe_open(bundle.path / hoisted.tables, framework="numpy") as tables:
+            values = len(tables.keys())
+    size = entry.size if entry else 0
+    return AheadSummary(hoisted.bins, hoisted.graphs, hoisted.tables, len(hoisted.timesteps), values, size)
 
 
 def summarize_view(view: GraphView, name: str) -> GraphSummary:

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from vdq_export.inspect import GraphSummary, Summary, summarize
+from vdq_export.inspect import AheadSummary, GraphSummary, Summary, summarize
 
 WIDEST = 5  # activation scales shown of those that vary most over the bins
 
@@ -33,6 +33,8 @@ def print_summary(summary: Summary, console: Console) -> None:
     for label, row in _rows(summary.graphs):
         table.add_row(label, *row)
     console.print(table, markup=False)
+    for parts in summary.ahead:
+        console.print(_ahead(parts), markup=False, highlight=False)
     if summary.scales:
         ratios = [one.ratio for one in summary.scales]
         middle = sorted(ratios)[len(ratios) // 2]
@@ -40,6 +42,13 @@ def print_summary(summary: Summary, console: Console) -> None:
         for one in summary.scales[:WIDEST]:
             values = " ".join(f"{scale:.3g}" for scale in one.scales)
             console.print(f"  {one.where}: {values} (×{one.ratio:.2f})", markup=False, highlight=False)
+
+
+def _ahead(one: AheadSummary) -> str:
+    parts = list(one.graphs)
+    if one.tables:
+        parts.append(f"{one.tables} ({one.rows} rows of {one.values} values, {_bytes(one.table_bytes)})")
+    return f"ahead of {', '.join(f'bin{index:02d}' for index in one.bins)}: {', '.join(parts)}"
 
 
 def _rows(graphs: tuple[GraphSummary, ...]) -> list[tuple[str, list[str]]]:
