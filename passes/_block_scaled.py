@@ -14,16 +14,19 @@ which onnxruntime can read; vdq_export.trt_functions tells more.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
 
-from vdq_export.graph import Array, Graph, Value
+from vdq_export.graph import Array, Constant, Graph, Value
 from vdq_export.number_grid import numpy_type
 from vdq_export.plan import MX_BLOCK, NVFP4_BLOCK, Dynamic, WeightPlan
 from vdq_export.trt_functions import DOMAIN, FP4, MXFP8, MXFP8_DEQUANTIZE, functions
 
+# What integers are made of (a float weight, or the integers themselves), and how.
+Integers: TypeAlias = tuple[Constant | Array, Callable[[Array], Array]]
 BLOCK = {"nvfp4": NVFP4_BLOCK, "mxfp8": MX_BLOCK}
 _FLOAT8 = "float8e4m3fn"
 _BIAS = 127  # of E8M0
@@ -34,19 +37,24 @@ def is_block_scaled(plan: WeightPlan) -> bool:
     return plan.scales == "e4m3" or (plan.scales == "e8m0" and plan.grid == "e4m3")
 
 
-def weight(graph: Graph, path: str, plan: WeightPlan, codes: Array, scale: Array) -> Value:
+def weight(graph: Graph, path: str, plan: WeightPlan, codes: Integers, scale: Array) -> Value:
     """The dequantized weight [K, N] of codes [K, N] and scale [K / b, N], made by a node named `path`/Weight."""
-    (k, n), base = codes.shape, f"{path}.weight"
+    source, integers = codes
+    (k, n), base, dtype = source.shape, f"{path}.weight", numpy_type(plan.dtype)
     if plan.scales == "e4m3":
         # q · scale = (2 · number) · (unit · level) = number · (2 · unit · level); unit has few bits: level is exact.
-        numbers = (codes.T.astype(np.float32) / 2).astype(numpy_type(_FLOAT8))
+        def numbers(values: Array) -> Array:
+            return (integers(values).T.astype(np.float32) / 2).astype(numpy_type(_FLOAT8))
+
         levels = (scale.T.astype(np.float64) / plan.unit).astype(np.float32).astype(numpy_type(_FLOAT8))
-        stored, small = graph.constant(f"{base}.nvfp4", numbers), graph.constant(f"{base}.scale", levels)
+        stored = graph.derived(f"{base}.nvfp4", source, numbers, (n, k), numpy_type(_FLOAT8))
+        small = graph.constant(f"{base}.scale", levels)
         unit = graph.constant(f"{base}.unit", np.array(2 * plan.unit, np.float32))
         wide = _two_levels(graph, stored, small, unit, f"{path}/WeightRows")
     else:
         exponents = (np.frexp(scale.T)[1] - 1 + _BIAS).astype(np.uint8)
-        stored, small = graph.constant(f"{base}.mxfp8", codes.T), graph.constant(f"{base}.scale", exponents)
+        stored = graph.derived(f"{base}.mxfp8", source, lambda values: integers(values).T, (n, k), dtype)
+        small = graph.constant(f"{base}.scale", exponents)
         wide = _mxfp8_dequantized(graph, stored, small, f"{path}/WeightRows")
     name, attrs = graph.fresh(f"{path}/Weight"), {"perm": [1, 0]}
     return graph.add_node("Transpose", [wide], name, dtype=np.float32, shape=[k, n], attrs=attrs)

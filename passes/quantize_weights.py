@@ -15,7 +15,8 @@ else is exact. Gemm, because its int32 bias is what onnxruntime's integer kernel
 Reshape of a value that several linears read is made once. MatMul gets a bias of zeros where it has none (not on targets
 that quantize every operator: they are for other runtimes): onnxruntime then runs it in float, where it would take a
 MatMul alone for an integer one, block scales or not, and fail.
-Runs once for all bins, so that their graphs hold the same arrays; one layer at a time, in chunks.
+The integers are a promise, computed when they are written and read from there afterwards. Runs once for all bins, so
+that their graphs hold the same promises.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from vdq_export.errors import PlanError
 from vdq_export.graph import Array, Graph, Linear, Value
 from vdq_export.number_grid import numpy_type, quantize
 from vdq_export.passes import _block_scaled
+from vdq_export.passes._block_scaled import Integers
 from vdq_export.plan import LayerPlan, WeightPlan, tensor_name
 
 NAME = "quantize_weights"
@@ -76,26 +78,28 @@ def _dequantized(graph: Graph, linear: Linear, layer: LayerPlan, context: PassCo
     k, n = layer.shape
     found = _tensor(context, path, "scale", (k // plan.group, n)) if plan.group else np.array(plan.scale)
     scale = found.astype(np.float32)
-    q = _integers(linear, plan, scale, context)
+    source, integers = _integers(linear, plan, scale, context)
     if _block_scaled.is_block_scaled(plan):
-        return _block_scaled.weight(graph, path, plan, q, scale)
-    operands = [graph.constant(f"{path}.weight.{plan.dtype}", q), graph.constant(f"{path}.weight.scale", scale)]
+        return _block_scaled.weight(graph, path, plan, (source, integers), scale)
+    dtype = numpy_type(plan.dtype)
+    q = graph.derived(f"{path}.weight.{plan.dtype}", source, integers, dtype=dtype)
+    operands = [q, graph.constant(f"{path}.weight.scale", scale)]
     attrs = {"axis": 0, "block_size": plan.group} if plan.group else {"axis": 1}
     if not plan.group:
         # Zeros, but spelled out: onnxruntime fuses no integer kernel around a DequantizeLinear without a zero point.
-        operands.append(graph.constant(f"{path}.weight.zero_point", np.zeros(n, q.dtype)))
+        operands.append(graph.constant(f"{path}.weight.zero_point", np.zeros(n, dtype)))
     name = graph.fresh(f"{path}/Weight")
     return graph.add_node("DequantizeLinear", operands, name, dtype=np.float32, shape=[k, n], attrs=attrs)
 
 
-def _integers(linear: Linear, plan: WeightPlan, scale: Array, context: PassContext) -> Array:
+def _integers(linear: Linear, plan: WeightPlan, scale: Array, context: PassContext) -> Integers:
     if not plan.codes:
-        return quantize(linear.read_weight(), scale, plan.qmax, plan.grid, plan.dtype)
+        return linear.weight, lambda weight: quantize(weight, scale, plan.qmax, plan.grid, plan.dtype)
     codes = _tensor(context, linear.name, "codes", linear.shape)
     largest = np.abs(codes.astype(np.float32)).max(initial=0)
     if largest > plan.qmax:
         raise PlanError(f"layer {linear.name}: a weight of {largest:g} outside its grid of ±{plan.qmax}")
-    return codes.astype(numpy_type(plan.dtype), copy=False)
+    return codes, lambda found: found
 
 
 def _tensor(context: PassContext, layer: str, what: str, shape: tuple[int, int]) -> Array:

@@ -82,7 +82,8 @@ class BundleWriter:
                 raise BundleError(f"{self.out} was not written", hint="call commit() inside the with block")
 
     def add_graph(self, name: str, model: onnx.ModelProto, arrays: Mapping[str, Array] | None = None) -> str:
-        """Write graphs/<name>.onnx and return that path. `arrays`: data of initializers left out of `model`.
+        """Write graphs/<name>.onnx and return that path. `arrays`: data of initializers left out of `model`; promises
+        among them are settled, so that the graph they come from reads them from the bundle.
 
         `model` is edited: its large initializers become references into the shared weight store.
         """

@@ -11,14 +11,17 @@ take four times the bytes of the 8-bit codes (float32), so it is written on dema
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
 from vdq_export.encodings import Encoding, Quantized, read
-from vdq_export.graph import Array, Graph, release
+from vdq_export.graph import Array, Graph
+from vdq_export.promise import Arrays, Promise
 from vdq_export.weight_store import WeightStore
 
 
@@ -34,7 +37,7 @@ def save(graph: Graph, path: Path) -> None:
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def strip(graph: Graph) -> tuple[onnx.ModelProto, Mapping[str, Array]]:
+def strip(graph: Graph) -> tuple[onnx.ModelProto, Arrays]:
     """(the float graph with its large constants left out, those constants, computed when asked for)."""
     model, arrays = graph.skeleton()
     found = {one.dequantized: one for one in read(graph)}
@@ -46,10 +49,11 @@ def strip(graph: Graph) -> tuple[onnx.ModelProto, Mapping[str, Array]]:
     nodes = [made for node in model.graph.node if (made := _float_node(node, found, names)) is not None]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    constants = _Constants(model, arrays, {one.encoding.name: one for one in found.values() if one.codes})
+    quantized = {one.encoding.name: one for one in found.values() if one.codes}
+    constants = _constants(model, arrays, quantized)
     used = {name for node in nodes for name in node.input} | outputs
     kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    kept += [_placeholder(name, constants.shape(name)) for name in constants.quantized if name in used]
+    kept += [_placeholder(name, constants.held[name].shape) for name in quantized if name in used]
     del model.graph.initializer[:]
     model.graph.initializer.extend(kept)
     inside = {name for node in nodes for name in node.output} - outputs
@@ -76,36 +80,16 @@ def weights_key(graph: Graph) -> str:
     return digest.hexdigest()
 
 
-class _Constants(Mapping[str, Array]):
-    """Arrays of the float graph by name; quantized ones are dequantized at each access."""
-
-    def __init__(self, model: onnx.ModelProto, arrays: Mapping[str, Array], quantized: Mapping[str, Quantized]) -> None:
-        self._inline = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name not in arrays}
-        self._arrays = arrays
-        self.quantized = quantized
-
-    def _codes(self, name: str) -> Array:
-        codes = self.quantized[name].codes
-        found: Array = self._arrays[codes] if codes in self._arrays else onnx.numpy_helper.to_array(self._inline[codes])
-        return found
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._codes(name).shape)
-
-    def __getitem__(self, name: str) -> Array:
-        if name not in self.quantized:
-            return self._arrays[name]
-        codes = self._codes(name)
-        values = dequantize(codes, self.quantized[name].encoding)
-        release(codes)
-        return values
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._arrays.keys() - {one.codes for one in self.quantized.values()}
-        yield from self.quantized
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+def _constants(model: onnx.ModelProto, arrays: Arrays, quantized: Mapping[str, Quantized]) -> Arrays:
+    """Arrays of the float graph by name; quantized ones are dequantized when they are read."""
+    inline = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name not in arrays}
+    codes = {one.codes for one in quantized.values()}
+    held: dict[str, Any] = {name: values for name, values in arrays.held.items() if name not in codes}
+    for name, one in quantized.items():
+        given = arrays.held.get(one.codes)
+        source = onnx.numpy_helper.to_array(inline[one.codes]) if given is None else given
+        held[name] = Promise(source, partial(dequantize, encoding=one.encoding), dtype=np.float32)
+    return Arrays(held)
 
 
 def dequantize(codes: Array, encoding: Encoding) -> Array:

@@ -1,18 +1,17 @@
-"""The ONNX graph as passes see it; the only file that imports onnx_graphsurgeon.
+"""The ONNX graph as passes see it; with promise.py the only file that imports onnx_graphsurgeon.
 
 Names: a node is "<module path>/<Op>", its first output carries the node's name, an initializer its parameter's path.
 A *linear* is, after the canonical passes, MatMul(x[..., K], W[K, N]) with an optional Add(bias[N]) behind it.
 
-Weights stay where they are: a Constant holds a numpy array that may be a view of a torch parameter or of a mapped file.
-`skeleton()` gives the graph without them (external-data placeholders) and the arrays beside it, so that nothing
-between trace and bundle ever copies the model. A graph traced without weights has their names, shapes and types only;
-bind() gives them.
+Weights stay where they are: a Constant holds a numpy array that may be a view of a torch parameter or of a mapped file,
+or a Promise to compute one. `skeleton()` gives the graph without them (external-data placeholders) and beside it the
+arrays, one at a time, so that nothing between trace and bundle ever copies the model. A graph traced without weights
+has their names, shapes and types only; bind() gives them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -23,11 +22,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from vdq_export.errors import ModelError, PassError
+from vdq_export.errors import PassError
 from vdq_export.external_data import FOUR_BIT, map_external, of_foreign_types, placeholder
+from vdq_export.promise import Array, Arrays, Lazy, Promise, Unbound, ahead, bound, read, release, unbound
 
+__all__ = ["Array", "Arrays", "Constant", "Graph", "Linear", "Node", "Unbound", "Value", "Variable", "release"]
 INLINE_BYTES = 1024  # smaller constants stay inside the .onnx file
-Array = np.ndarray[Any, Any]
 # graphsurgeon is untyped; these names say which of its objects is meant.
 Node: TypeAlias = Any
 Variable: TypeAlias = Any
@@ -53,9 +53,7 @@ class Linear:
 
     def read_weight(self) -> Array:
         """The weight's values, not kept by the graph where they are a promise (see transform_lazily)."""
-        held = self.weight._values
-        values: Array = held.load() if isinstance(held, gs.ir.tensor.LazyValues) else held
-        return values
+        return read(self.weight._values)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,7 +79,8 @@ class Graph:
     def from_proto(proto: onnx.ModelProto, arrays: Mapping[str, Any] | None = None, source: str = "") -> Graph:
         """`arrays` supplies initializers whose data the proto leaves out: an Array or an Unbound each."""
         graph = gs.import_onnx(proto)
-        held = of_foreign_types(proto) | dict(arrays or {})
+        given = arrays.held if isinstance(arrays, Arrays) else dict(arrays or {})
+        held = of_foreign_types(proto) | given
         for name, tensor in graph.tensors().items():
             if name in held and isinstance(tensor, gs.Constant):
                 tensor.values, tensor.data_location = held[name], None
@@ -97,27 +96,34 @@ class Graph:
                 arrays[tensor.name] = map_external(tensor, path.parent)
         return Graph.from_proto(proto, arrays)
 
-    def skeleton(self) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    def skeleton(self) -> tuple[onnx.ModelProto, Arrays]:
         """(proto with every large constant as an external-data placeholder, {name: array} of those constants).
 
         Constants without values are placeholders too, and missing in the arrays.
         """
         self.check()
-        arrays: dict[str, Array] = {}
-        swapped = [(t, t._values) for t in self.constants() if is_unbound(t)]
-        for tensor in [t for t in self.constants() if not is_unbound(t)]:
+        held: dict[str, Any] = {}
+        swapped = []
+        for tensor in list(self.constants()):
+            values = tensor._values
+            if isinstance(values, Lazy) and not isinstance(values, Promise | Unbound):
+                values = tensor.values  # of a file: graphsurgeon's own, whose bytes are in memory anyway
             # 4-bit constants go the same way whatever their size: graphsurgeon does not pack them.
-            if tensor.values.nbytes >= INLINE_BYTES or tensor.values.dtype.name in FOUR_BIT:
-                arrays[tensor.name] = tensor.values
-                swapped.append((tensor, tensor.values))
+            large = values.nbytes >= INLINE_BYTES or np.dtype(values.dtype).name in FOUR_BIT
+            if large and not unbound(values):
+                held[tensor.name] = values
+            if large or unbound(values):
+                swapped.append((tensor, values, Lazy(placeholder(tensor.name, values))))
+            elif isinstance(values, Promise):
+                swapped.append((tensor, values, read(values)))
         try:
-            for tensor, values in swapped:
-                tensor.values = gs.ir.tensor.LazyValues(placeholder(tensor.name, values))
+            for tensor, _, instead in swapped:
+                tensor.values = instead
             proto = gs.export_onnx(self.gs)
         finally:
-            for tensor, values in swapped:
+            for tensor, values, _ in swapped:
                 tensor.values = values
-        return proto, arrays
+        return proto, Arrays(held)
 
     def to_proto(self) -> onnx.ModelProto:
         """The whole model in one proto; for small graphs (2 GB is protobuf's limit)."""
@@ -130,7 +136,7 @@ class Graph:
 
     def save(self, path: Path) -> None:
         """One .onnx file with its constants inside up to 1 GiB, beside it in `<name>.data` above."""
-        large = sum(t.values.nbytes for t in self.constants()) > 2**30
+        large = sum(t._values.nbytes for t in self.constants()) > 2**30
         onnx.save_model(self.to_proto(), path, save_as_external_data=large, location=path.name + ".data")
 
     def copy(self) -> Graph:
@@ -148,10 +154,10 @@ class Graph:
         proto.ClearField("producer_name")
         proto.ClearField("producer_version")
         digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
-        for name in sorted(arrays):
+        for array in ahead(arrays.held[name] for name in sorted(arrays)):
             # Transposed: linears' weights, the bulk, are views of output-channel-major storage and need no copy so.
-            digest.update(np.ascontiguousarray(arrays[name].T).view(np.uint8).data)
-            release(arrays[name])
+            digest.update(np.ascontiguousarray(array.T).view(np.uint8).data)
+            release(array)
         return digest.hexdigest()
 
     def check(self) -> None:
@@ -225,11 +231,16 @@ class Graph:
         return gs.Constant(name, np.asarray(values))
 
     def derived(
-        self, name: str, source: Constant, change: Callable[[Array], Array], shape: Sequence[int] | None = None
+        self,
+        name: str,
+        source: Constant | Array,
+        change: Callable[[Array], Array],
+        shape: Sequence[int] | None = None,
+        dtype: Any = None,
     ) -> Constant:
-        """A new constant change(source), held as a promise; shape: if it is not that of `source`."""
+        """A new constant change(source), held as a promise; shape, dtype: if they are not those of `source`."""
         self._take(name)
-        return gs.Constant(name, _Promise(source._values, change, shape))
+        return gs.Constant(name, Promise(_held(source), change, shape, dtype))
 
     def add_node(
         self,
@@ -291,68 +302,18 @@ def as_linear(node: Node) -> Linear | None:
     return Linear(node.name.rsplit("/", 1)[0], node, add, value, weight, bias)
 
 
-def release(array: Array) -> None:
-    """Give the pages of an array mapped read-only back; reading it maps them again. Other arrays are left alone.
-
-    For readers that go through all weights one by one: mapped pages stay resident until somebody needs the memory.
-    """
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    read_only = not array.flags.writeable  # a private copy-on-write mapping would lose what was written to it
-    if read_only and isinstance(base, mmap.mmap) and hasattr(base, "madvise"):  # Windows has no madvise
-        base.madvise(mmap.MADV_DONTNEED)
-
-
 def is_constant(tensor: Value) -> bool:
     return isinstance(tensor, gs.Constant)
 
 
-class _Promise(gs.ir.tensor.LazyValues):  # type: ignore[misc]  # untyped there
-    """change(values) of `shape` and `dtype`, by default those of values, computed when it is read."""
-
-    def __init__(
-        self, values: Any, change: Callable[[Array], Array], shape: Sequence[int] | None = None, dtype: Any = None
-    ) -> None:
-        self.shape = tuple(values.shape if shape is None else shape)
-        self.dtype = np.dtype(values.dtype if dtype is None else dtype)
-        self.nbytes = prod(self.shape) * self.dtype.itemsize
-        self._values, self._change = values, change
-
-    def load(self) -> Array:
-        values = self._values.load() if isinstance(self._values, gs.ir.tensor.LazyValues) else self._values
-        changed = self._change(values).astype(self.dtype, copy=False)
-        release(values)
-        return changed
-
-    def bound(self, tensors: Mapping[str, Array]) -> _Promise:
-        """The same promise over bound values; itself where there is nothing to bind."""
-        values = _bound(self._values, tensors)
-        return self if values is self._values else _Promise(values, self._change, self.shape, self.dtype)
-
-
-class Unbound(gs.ir.tensor.LazyValues):  # type: ignore[misc]  # untyped there
-    """Values of parameter `path`, which only bind() supplies."""
-
-    def __init__(self, path: str, shape: Sequence[int], dtype: Any) -> None:
-        self.path, self.shape, self.dtype = path, tuple(shape), np.dtype(dtype)
-        self.nbytes = prod(self.shape) * self.dtype.itemsize
-
-    def load(self) -> Array:
-        raise PassError(f"the graph was traced without weights and {self.path} is needed", hint="bind() them first")
-
-
 def is_promise(tensor: Constant) -> bool:
     """Whether the values are computed, or supplied, later."""
-    return isinstance(tensor._values, _Promise | Unbound)
+    return isinstance(tensor._values, Promise | Unbound)
 
 
 def is_unbound(tensor: Constant) -> bool:
     """Whether bind() has still to supply what the values are made of."""
-    values = tensor._values
-    while isinstance(values, _Promise):
-        values = values._values
-    return isinstance(values, Unbound)
+    return unbound(tensor._values)
 
 
 def bind(graph: Graph, tensors: Mapping[str, Array], *, source: str = "") -> None:
@@ -362,26 +323,14 @@ def bind(graph: Graph, tensors: Mapping[str, Array], *, source: str = "") -> Non
     read. source: what Graph.source becomes. Copies of the graph stay as they were: experts share one trace.
     Raises ModelError for a parameter that is missing or has another shape; the graph is then as it was.
     """
-    bound = {id(c): (c, _bound(c._values, tensors)) for c in graph.constants() if is_unbound(c)}
-    for constant, values in bound.values():
+    found = {id(c): (c, bound(c._values, tensors)) for c in graph.constants() if is_unbound(c)}
+    for constant, values in found.values():
         constant.values = values
     graph.source = source or graph.source
 
 
-def _bound(values: Any, tensors: Mapping[str, Array]) -> Any:
-    if isinstance(values, _Promise):
-        return values.bound(tensors)
-    if not isinstance(values, Unbound):
-        return values
-    if values.path not in tensors:
-        raise ModelError(f"no weight {values.path}", hint="the checkpoint is incomplete or of another model")
-    array = tensors[values.path]
-    if tuple(array.shape) != values.shape:
-        raise ModelError(
-            f"weight {values.path} is {tuple(array.shape)}, the model wants {values.shape}",
-            hint="config and checkpoint do not belong together",
-        )
-    return array if array.dtype == values.dtype else _Promise(array, np.asarray, dtype=values.dtype)
+def _held(source: Constant | Array) -> Any:
+    return source if isinstance(source, np.ndarray) else source._values
 
 
 def transform_lazily(weight: Constant, change: Callable[[Array], Array]) -> None:
@@ -390,7 +339,7 @@ def transform_lazily(weight: Constant, change: Callable[[Array], Array]) -> None
     Smoothing and rotation touch every weight before any is quantized; done at once, that would double the model in
     memory.
     """
-    weight.values = _Promise(weight._values, change)
+    weight.values = Promise(weight._values, change)
 
 
 def multiply_lazily(weight: Constant, factor: Array) -> None:
