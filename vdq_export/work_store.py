@@ -98,6 +98,11 @@ class WorkStore:
             ) from error
         self.seconds += time.monotonic() - began
 
+    def drop(self, key: str) -> None:
+        """Forget an entry that nothing will ask for again; blocks.py's activations would fill the disk."""
+        with suppress(OSError):
+            self._place(key).unlink()
+
     def close(self) -> None:
         """This process is done; the entries stay for the next one."""
         with suppress(OSError):
