@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vdq_export import ort, probe
+from vdq_export import ort, probe, units, work_store
 from vdq_export.calib.observe import step_feeds
 from vdq_export.calib.record import Slot
+from vdq_export.calib.trajectories import Runs
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array, Graph
 from vdq_export.metrics import relative_change
 from vdq_export.model import Model, Trajectory
+from vdq_export.work_store import WorkStore
 
 TRAJECTORIES = 4  # a fit of five coefficients to 4 × (steps − 1) points
 
@@ -36,15 +38,32 @@ class Learnt(NamedTuple):
     coefficients: tuple[float, ...]
 
 
-def learn(graph: Graph, model: Model, *, limit: int = TRAJECTORIES, threads: int | None = None) -> Learnt:
+def learn(
+    graph: Graph,
+    model: Model,
+    *,
+    limit: int = TRAJECTORIES,
+    threads: int | None = None,
+    store: WorkStore | None = None,
+) -> Learnt:
     """Cut the probe out of the canonical float `graph` and fit its polynomial over `model`'s trajectories.
 
-    The latent is the first input that is not the timestep. Raises PassError for a network without a modulated input,
-    CalibrationError as changes() and fit() do.
+    The latent is the first input that is not the timestep. store: asked for the coefficients first. Raises PassError
+    for a network without a modulated input, CalibrationError as changes() and fit() do.
     """
     latent = next(name for name in model.example_inputs if name != model.timestep_input)
     value = probe.choose(graph, model.timestep_input, latent)
-    return Learnt(probe.cut(graph, value), fit(*changes(graph, model, value, limit=limit, threads=threads)))
+
+    def compute() -> tuple[float, ...]:
+        return fit(*changes(graph, model, value, limit=limit, threads=threads))
+
+    runs = Runs(model)
+    if store is None or runs.keys is None:  # to know that they are the same they would have to be made again
+        return Learnt(probe.cut(graph, value), compute())
+    start = work_store.key("step reuse", graph.hash(), value, threads)
+    unit = runs.chain(start, min(limit, len(runs.keys)))
+    assert unit is not None
+    return Learnt(probe.cut(graph, value), units.once(store, unit, compute, tuple[float, ...]))
 
 
 def changes(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
+from functools import cached_property
+from itertools import accumulate, islice
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -25,39 +27,53 @@ class Keyed(Protocol):
 
 
 class Runs:
-    """The trajectories of `model`, in order; `keyed` where they can be asked for one by one."""
+    """The trajectories of `model`, in order; `keys` where they can be asked for one by one."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._all = model.iter_trajectories()
-        self.keyed: Keyed | None = self._all if isinstance(self._all, Keyed) else None
-        self.count = len(self._all) if isinstance(self._all, Sized) else None
+        every = model.iter_trajectories()
+        self._keyed = _Listed(every) if isinstance(every, list | tuple) else every
+        self.count = len(every) if isinstance(every, Sized) else None
 
-    def chain(self, count: int, start: str) -> str | None:
-        """Key of the first `count` trajectories behind `start`; None where there are fewer."""
-        link, every = start, iter(self.keyed.keys() if self.keyed is not None else self._digests())
-        for _ in range(count):
-            one = next(every, None)
-            if one is None:
-                return None
-            link = work_store.key(link, one)
-        return link
+    @cached_property
+    def keys(self) -> tuple[str, ...] | None:
+        return self._keyed.keys() if isinstance(self._keyed, Keyed) else None
+
+    def chain(self, start: str, count: int | None = None) -> str | None:
+        """Key of the first `count` trajectories behind `start`, or of all; None where there are fewer."""
+        links = list(islice(self.links(start), count))
+        return None if count is not None and len(links) < count else (links or [start])[-1]
+
+    def links(self, start: str) -> Iterator[str]:
+        """Of each trajectory, the key of it and all before it behind `start`."""
+        return islice(accumulate(self.keys or self._digests(), work_store.key, initial=start), 1, None)
 
     def link(self, before: str, number: int, trajectory: Trajectory) -> str:
         """Key of the trajectories up to `number`, given that of those before it."""
-        return work_store.key(before, digest(trajectory) if self.keyed is None else self.keyed.keys()[number])
+        return work_store.key(before, digest(trajectory) if self.keys is None else self.keys[number])
 
     def since(self, number: int) -> Iterator[Trajectory]:
         """From `number` on."""
-        if self.keyed is not None:
-            yield from (self.keyed[later] for later in range(number, len(self.keyed.keys())))
+        if isinstance(self._keyed, Keyed):
+            yield from (self._keyed[later] for later in range(number, len(self.keys or ())))
             return
-        for other, trajectory in enumerate(self._model.iter_trajectories()):
-            if other >= number:
-                yield trajectory
+        yield from islice(self._model.iter_trajectories(), number, None)
 
     def _digests(self) -> Iterator[str]:
         return (digest(one) for one in self._model.iter_trajectories())
+
+
+class _Listed:
+    """Trajectories that are there already."""
+
+    def __init__(self, every: Sequence[Trajectory]) -> None:
+        self._every = every
+
+    def keys(self) -> tuple[str, ...]:
+        return tuple(map(digest, self._every))
+
+    def __getitem__(self, number: int) -> Trajectory:
+        return self._every[number]
 
 
 def digest(trajectory: Trajectory) -> str:

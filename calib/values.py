@@ -10,21 +10,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal, NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
 
-from vdq_export import ort
+from vdq_export import ort, units, work_store
 from vdq_export.calib.bins import bin_slots
 from vdq_export.calib.constants import plan_constants
 from vdq_export.calib.observe import iter_steps, step_feeds
 from vdq_export.calib.ranges import Grid, affine
 from vdq_export.calib.record import Slot, denoising_order, not_finite
+from vdq_export.calib.trajectories import Runs
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Graph, Node, Value, is_constant
 from vdq_export.model import Model
 from vdq_export.plan import INT_RANGE, Conversion, IntType, QuantPlan, Range, ValuePlan
 from vdq_export.target_spec import TargetSpec
+from vdq_export.work_store import WorkStore
 
 Progress = Callable[[int, int | None], None]
 # Functions of bounded output -> (lowest, highest) of all grids: runtimes fix these quantizers whatever a graph says.
@@ -45,12 +48,42 @@ class Extremes:
 
 
 def observe_values(
-    graph: Graph, model: Model, *, progress: Progress | None = None, threads: int | None = None
+    graph: Graph,
+    model: Model,
+    *,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    store: WorkStore | None = None,
 ) -> Extremes:
-    """Run every step of the model's trajectories through the float `graph`.
+    """Run every step of the model's trajectories through the float `graph`. store: asked for the extremes first.
 
     Raises CalibrationError for NaN or Inf (value and timestep named) and for a model without trajectories.
     """
+    runs = Runs(model)
+    if store is None or runs.keys is None:  # to know that they are the same they would have to be made again
+        return _observe(graph, model, progress, threads)
+    unit = runs.chain(work_store.key("extremes", graph.hash(), threads))
+    assert unit is not None
+    table = units.once(store, unit, lambda: _table(_observe(graph, model, progress, threads)), _Table)
+    slots = tuple(Slot(*one) for one in table.slots)
+    ends = ((name, zip(slots, table.ends[index], strict=True)) for index, name in enumerate(table.names))
+    return Extremes({name: {slot: (low, high) for slot, (low, high) in found} for name, found in ends}, slots)
+
+
+class _Table(NamedTuple):
+    """Extremes as they are kept: ends[value][slot]."""
+
+    names: list[str]
+    slots: list[tuple[float, Literal["cond", "uncond"]]]
+    ends: list[list[tuple[float, float]]]
+
+
+def _table(found: Extremes) -> _Table:
+    ends = [[slots[slot] for slot in found.slots] for slots in found.values.values()]
+    return _Table(list(found.values), [(slot.t, slot.branch) for slot in found.slots], ends)
+
+
+def _observe(graph: Graph, model: Model, progress: Progress | None, threads: int | None) -> Extremes:
     watched = float_values(graph)
     names = [value.name for value in watched]
     probe, outputs = _with_extremes(graph, names)

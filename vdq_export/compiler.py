@@ -95,6 +95,8 @@ def export(
     with BundleWriter(out, force=force) as writer, place as settled:  # a taken folder is refused before hours of work
         told = {"dump": dump, "reporter": reporter}
         planned = make_plan(model, target=target, tsw=tsw, recipe=recipe, work=settled, **told, **choices)
+        if settled.store is not None and settled.store.hits:
+            reporter.warn(f"{settled.store.hits} results of finished work were taken from {settled.store.folder}")
         return finish(planned, writer, strict=strict, **told)
 
 
@@ -203,7 +205,7 @@ def _plan_network(
         graph = settings.traced[expert] if expert in settings.traced else trace(model)
     reports = pipeline.run_passes(graph, pipeline.canonical(spec.name), PassContext(spec=spec), dump=dump)
     record = _record(graph, model, expert, settings)
-    probe = None if recipe.schedule.cache is None else learn(graph, model)
+    probe = None if recipe.schedule.cache is None else learn(graph, model, store=settings.store)
     constant = record.constant_inputs if model.prompt_inputs is None else model.prompt_inputs
     roles = hoisting.roles(model.example_inputs, model.timestep_input, constant)
     layers = hoisting.layers(graph, roles) if settings.hoist else {}
@@ -238,7 +240,7 @@ def _plan_values(
     for one in (whole, graph):
         pipeline.run_passes(one, ("low_rank",), context)
     with settings.reporter.stage("observe values") as advance:
-        extremes = observe_values(whole, model, progress=advance)
+        extremes = observe_values(whole, model, progress=advance, store=settings.store)
     return tuple(plan_values(plan, graph, extremes, settings.spec) for plan in plans)
 
 

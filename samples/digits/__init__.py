@@ -30,11 +30,20 @@ class CalibrationRuns:
     def __len__(self) -> int:
         return self.cases
 
+    def keys(self) -> tuple[str, ...]:
+        """What each trajectory depends on beside the network's weights."""
+        settings = sorted(self.sampler.settings().items())
+        return tuple(f"case {case} of {settings}" for case in range(CALIBRATION, CALIBRATION + self.cases))
+
+    def __getitem__(self, number: int) -> Trajectory:
+        if not 0 <= number < self.cases:
+            raise IndexError(number)
+        steps: list[Step] = []
+        self.sampler.generate(self.module, CALIBRATION + number, steps.append)
+        return steps
+
     def __iter__(self) -> Iterator[Trajectory]:
-        for case in range(CALIBRATION, CALIBRATION + self.cases):
-            steps: list[Step] = []
-            self.sampler.generate(self.module, case, steps.append)
-            yield steps
+        return (self[number] for number in range(self.cases))
 
 
 def load_network(weights: Path | None = None) -> torch.nn.Module:

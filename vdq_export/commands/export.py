@@ -13,6 +13,7 @@ from vdq_export import compiler, pipeline
 from vdq_export.bundle import Bundle
 from vdq_export.commands.options import machine_readable, planning, reporter, verbosity
 from vdq_export.commands.search import resolve
+from vdq_export.work import at_work
 
 
 @click.command("export")
@@ -26,13 +27,28 @@ from vdq_export.commands.search import resolve
 @machine_readable
 @verbosity
 def export_command(
-    model: str, bins: str, out: Path, dump_after: str | None, as_json: bool, verbose: int, quiet: bool, **choices: Any
+    model: str,
+    bins: str,
+    out: Path,
+    engine: str,
+    work: Path | None,
+    dump_after: str | None,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+    **choices: Any,
 ) -> None:
-    """Compile MODEL for a target and write a bundle."""
+    """Compile MODEL for a target and write a bundle.
+
+    An export that was cut short goes on where it was when it is started again: finished work is kept in OUT.work until
+    the bundle is written.
+    """
     dump = None if dump_after is None else pipeline.dump_to(out.with_name(f"{out.name}.passes"), dump_after)
     told = reporter(verbose, quiet)
-    choices, found = resolve(model, {**choices, "optimal_bins": bins == "optimal"}, told)
-    bundle = compiler.export(model, out=out, dump=dump, reporter=told, **choices)
+    with at_work(out, work=work, engine=engine, workers=choices["workers"]) as place:
+        asked = {**choices, "work": place, "optimal_bins": bins == "optimal"}
+        choices, found = resolve(model, asked, told)
+        bundle = compiler.export(model, out=out, dump=dump, reporter=told, **choices)
     if as_json:
         searched = {"search": found.builtins()} if found else {}
         click.echo(msgspec.json.encode(_summary(bundle) | searched).decode())

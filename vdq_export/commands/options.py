@@ -124,9 +124,13 @@ planning = together(
     click.option("--hoist/--no-hoist", default=True, help="Let what no step changes leave the graphs (the default)."),
     click.option("--budget", metavar="TEXT", help="Search bits per layer: size=4.2bit, bops=32 or quality=35dB."),
     click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the recipe that the search found here."),
-    click.option("--workers", type=click.IntRange(min=1), help="Processes that solve layers; by default one a core."),
+    click.option("--workers", type=click.IntRange(min=1), help="Processes of the engine; by default one a core."),
     click.option("--calibration", type=click.Path(path_type=Path), help="Reuse this calibration record."),
     click.option("--save-calibration", type=click.Path(path_type=Path), help="Keep the calibration record here."),
+    click.option(
+        "--engine", default="local", show_default=True, help="Where units run: local, ray or ray://HOST:PORT."
+    ),
+    click.option("--work", type=click.Path(file_okay=False, path_type=Path), help="Keep finished work here."),
     shaping,
 )
 machine_readable = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")

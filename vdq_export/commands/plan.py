@@ -15,20 +15,32 @@ from vdq_export.commands.options import machine_readable, planning, reporter, ve
 from vdq_export.commands.search import resolve
 from vdq_export.errors import BundleError
 from vdq_export.plan import LayerPlan, QuantPlan
+from vdq_export.work import at_work
 
 
 @click.command("plan")
 @planning
 @machine_readable
 @verbosity
-def plan_command(model: str, bins: str, as_json: bool, verbose: int, quiet: bool, **choices: Any) -> None:
+def plan_command(
+    model: str,
+    bins: str,
+    engine: str,
+    work: Path | None,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+    **choices: Any,
+) -> None:
     """Print the quantization plan of MODEL (or of a bundle folder)."""
     if Path(model, "manifest.json").is_file():
         plans = Bundle.open(model).plans
     else:
         told = reporter(verbose, quiet)
-        choices, _ = resolve(model, {**choices, "optimal_bins": bins == "optimal"}, told)
-        plans = compiler.make_plan(model, reporter=told, **choices).plans
+        with at_work(work=work, engine=engine, workers=choices["workers"]) as place:
+            asked = {**choices, "work": place, "optimal_bins": bins == "optimal"}
+            choices, _ = resolve(model, asked, told)
+            plans = compiler.make_plan(model, reporter=told, **choices).plans
     if not plans:
         raise BundleError(f"{model} carries no plan", hint="export it again")
     if as_json:
