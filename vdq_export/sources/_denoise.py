@@ -5,6 +5,7 @@ Shapes: see _shapes.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -53,35 +54,30 @@ class Loop:
     def run(
         self, network: Denoiser, prompt: int, seed: int, observer: Callable[[Step], None] | None = None
     ) -> torch.Tensor:
-        """The latent that `network` denoises noise of `seed` to; `observer` sees each call before it is made.
+        """The video's latent that `network` denoises noise of `seed` to; `observer` sees each call before it is made.
 
         Raises ModelError when the network cannot be called so, and for NaN and Inf.
         """
         generator = torch.Generator().manual_seed(seed)
-        scheduler = self.scheduler.fresh()
-        latent = torch.randn(self.call.latent, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
-        original: Any = None  # what a two-step DPM solver remembers of the step before
-        timesteps = self.scheduler.timesteps
-        for index, t in enumerate(timesteps):
-            seen = scheduler.scale_model_input(latent, t) if hasattr(scheduler, "scale_model_input") else latent
+        parts = {
+            name: _Part(self.scheduler.fresh(), torch.randn(shape, generator=generator), self.scheduler, self._draws)
+            for name, shape in self.call.latents.items()
+        }
+        for index, t in enumerate(self.scheduler.timesteps):
+            seen = {name: part.seen(t) for name, part in parts.items()}
             predicted = {}
             for branch in self.guidance.branches:
                 given = inputs(self.call, seen, t, self.prompts[prompt][branch])
                 if observer is not None:
                     observer({"t": float(t), "branch": branch, "inputs": given})
                 predicted[branch] = self._predict(network, given, branch)
-            noise = predicted["cond"]
-            if "uncond" in predicted:
-                noise = predicted["uncond"] + self.guidance.at(float(t)) * (noise - predicted["uncond"])
-            random: dict[str, Any] = {"generator": generator} if self._draws else {}
-            if self.scheduler.name == "CogVideoXDPMScheduler":
-                before = timesteps[index - 1] if index else None
-                latent, original = scheduler.step(noise, original, t, before, latent, **random, return_dict=False)
-            else:
-                latent = scheduler.step(noise, t, latent, **random, return_dict=False)[0]
-            if not torch.isfinite(latent).all():
-                raise ModelError(f"denoising gave NaN or Inf at t = {float(t):g}", hint="check weights and scheduler")
-        return latent
+            for name, part in parts.items():
+                noise = predicted["cond"][name]
+                if "uncond" in predicted:
+                    scale = self.guidance.at(float(t))
+                    noise = self.call.family.guided(noise, predicted["uncond"][name], scale)
+                part.step(noise, index, generator)
+        return parts["hidden_states"].latent
 
     def trajectory(self, network: Denoiser, number: int) -> Trajectory:
         """Every call that is made for prompt `number`."""
@@ -94,8 +90,24 @@ class Loop:
         low = {} if self.guidance.low is None else {"guidance_2": self.guidance.low}
         return {"name": self.scheduler.name, "steps": self.scheduler.steps, "guidance": self.guidance.scale, **low}
 
-    def _predict(self, network: Denoiser, given: Mapping[str, torch.Tensor], branch: Branch) -> torch.Tensor:
-        """The network's answer; of one that also returns variances, the first half of the channels."""
+    def key(self, number: int) -> str:
+        """sha256 over what the trajectory of prompt `number` follows from, beside the network."""
+        call, scheduler = self.call, self.scheduler
+        digest = hashlib.sha256(
+            repr((call.latents, call.size, sorted(self.settings().items()), self.seed + number)).encode()
+        )
+        digest.update(repr((scheduler.name, sorted(scheduler.config.items(), key=str))).encode())
+        prompt = self.prompts[number]
+        tensors = {f"{branch}.{name}": tensor for branch, text in prompt.items() for name, tensor in text.items()}
+        tensors |= {"beside": call.beside} if call.beside is not None else {}
+        tensors |= {name: one.make() for name, one in call.inputs.items() if one.value is not None}
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _predict(self, network: Denoiser, given: Mapping[str, torch.Tensor], branch: Branch) -> dict[str, torch.Tensor]:
+        """The network's answer for each latent; of one that also returns variances, the first half of the channels."""
         try:
             with _told(network, branch), torch.no_grad():
                 output = first_tensor(network(**given)).float()
@@ -105,15 +117,53 @@ class Loop:
                 f"the network fails when it is called with {', '.join(given)}: {why}",
                 hint="choose other sizes, or write a factory and give package.module:factory",
             ) from error
-        axis, channels = self.call.channel_axis, self.call.latent[self.call.channel_axis]
-        if output.shape[axis] == 2 * channels:
-            output = output.narrow(axis, 0, channels)
+        latents, axis = self.call.latents, self.call.channel_axis
+        if len(latents) > 1:  # one row, one after the other
+            sizes = [torch.Size(shape).numel() for shape in latents.values()]
+            if tuple(output.shape) == (1, sum(sizes)):
+                rows = zip(latents.items(), output.split(sizes, dim=1), strict=True)
+                return {name: row.reshape(shape) for (name, shape), row in rows}
+        elif output.ndim > axis and output.shape[axis] == 2 * self.call.latent[axis]:
+            output = output.narrow(axis, 0, self.call.latent[axis])
         if tuple(output.shape) != self.call.latent:
             raise ModelError(
                 f"the network returned {list(output.shape)} for a latent of {list(self.call.latent)}",
                 hint="write a factory and give package.module:factory",
             )
-        return output
+        return {"hidden_states": output}
+
+
+@dataclass
+class _Part:
+    """One latent and the scheduler that steps it."""
+
+    scheduler: Any
+    latent: torch.Tensor
+    settings: Scheduler
+    draws: bool
+    original: Any = None  # what a two-step DPM solver remembers of the step before
+
+    def __post_init__(self) -> None:
+        self.latent = self.latent * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def seen(self, t: torch.Tensor) -> torch.Tensor:
+        """The latent as the network gets it."""
+        scaled = getattr(self.scheduler, "scale_model_input", None)
+        found: torch.Tensor = self.latent if scaled is None else scaled(self.latent, t)
+        return found
+
+    def step(self, noise: torch.Tensor, index: int, generator: torch.Generator) -> None:
+        """Step number `index`. Raises ModelError for NaN and Inf."""
+        t, latent = self.settings.timesteps[index], self.latent
+        random: dict[str, Any] = {"generator": generator} if self.draws else {}
+        if self.settings.name == "CogVideoXDPMScheduler":
+            before = self.settings.timesteps[index - 1] if index else None
+            made = self.scheduler.step(noise, self.original, t, before, latent, **random, return_dict=False)
+            self.latent, self.original = made
+        else:
+            self.latent = self.scheduler.step(noise, t, latent, **random, return_dict=False)[0]
+        if not torch.isfinite(self.latent).all():
+            raise ModelError(f"denoising gave NaN or Inf at t = {float(t):g}", hint="check weights and scheduler")
 
 
 def _told(network: Denoiser, branch: Branch) -> AbstractContextManager[Any]:
@@ -132,8 +182,16 @@ class Generated:
     def __len__(self) -> int:
         return len(self.loop.prompts)
 
+    def keys(self) -> tuple[str, ...]:
+        """What each trajectory depends on beside the network's weights."""
+        return tuple(self.loop.key(number) for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Trajectory:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        if number not in self._made:
+            self._made[number] = self.loop.trajectory(self.network, number)
+        return self._made[number]
+
     def __iter__(self) -> Iterator[Trajectory]:
-        for number in range(len(self)):
-            if number not in self._made:
-                self._made[number] = self.loop.trajectory(self.network, number)
-            yield self._made[number]
+        return (self[number] for number in range(len(self)))

@@ -21,6 +21,7 @@ from vdq_export.sources._text import Prompt
 from vdq_export.sources.families import mask
 
 TEXT, MASK = "encoder_hidden_states", "encoder_attention_mask"
+IMAGE = "image_latents"  # of a file: the channels beside the noise; no input of a network
 RANDOM_PROMPTS = 2
 RANDOM_NOTE = (
     "calibrated on RANDOM text embeddings, so ranges are not those of real prompts and quality on real prompts is "
@@ -121,7 +122,8 @@ def check(prompts: Sequence[Prompt], call: Call, guided: bool, origin: str, argu
     def shaped(name: str, tensor: torch.Tensor) -> torch.Tensor:  # axes of length 1, which pipelines add
         return tensor.reshape(call.inputs[name].shape) if name in call.inputs else tensor
 
-    return [{b: {n: shaped(n, t) for n, t in p[b].items() if n in arguments} for b in branches} for p in prompts]
+    kept = {*arguments, IMAGE}
+    return [{b: {n: shaped(n, t) for n, t in p[b].items() if n in kept} for b in branches} for p in prompts]
 
 
 def with_masks(call: Call, prompts: Sequence[Prompt]) -> Call:
@@ -130,7 +132,11 @@ def with_masks(call: Call, prompts: Sequence[Prompt]) -> Call:
     return replace(call, inputs={**({MASK: mask(call.size)} if given else {}), **call.inputs})
 
 
-def inputs(call: Call, latent: torch.Tensor, t: torch.Tensor, text: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def inputs(
+    call: Call, latents: Mapping[str, torch.Tensor], t: torch.Tensor, text: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
     """One call's tensors by name; a mask of ones, a guidance scale … where the network takes one and there is none."""
-    made = {"hidden_states": call.hidden_states(latent), "timestep": t.reshape(1), **text}
+    given = {name: tensor for name, tensor in text.items() if name != IMAGE}
+    made = {**latents, "timestep": call.timestep(t), **given}
+    made["hidden_states"] = call.hidden_states(latents["hidden_states"], text.get(IMAGE))
     return made | {name: one.make() for name, one in call.inputs.items() if name not in made and one.value is not None}

@@ -76,10 +76,6 @@ def _networks(folder: Path, index: Mapping[str, Any]) -> tuple[Network, ...]:
     """The transformer, or both experts, which must be alike."""
     if not _listed(index, "transformer"):
         raise ModelError(f"{folder / INDEX} names no transformer", hint="only pipelines of transformers are read")
-    if index.get("expand_timesteps"):
-        raise ModelError(
-            f"{folder / INDEX}: expand_timesteps gives each token a timestep", hint="such models are not read yet"
-        )
     first = _weights.read(folder / "transformer")
     if not _listed(index, "transformer_2"):
         return (first,)

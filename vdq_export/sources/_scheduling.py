@@ -63,6 +63,11 @@ class Scheduler:
         return made
 
     @property
+    def config(self) -> dict[str, Any]:
+        """What it was made of, and how its timesteps were asked for."""
+        return {**self._settings, **self._call}
+
+    @property
     def horizon(self) -> float:
         """The highest timestep there can be."""
         return float(self.fresh().config.num_train_timesteps)

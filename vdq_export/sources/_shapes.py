@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class Call:
 
     latent: shape of the noise, by the family's layout; beside: channels that hidden_states has behind it. inputs: all
     other tensors but the timestep, the same at every step of a branch. fixed: arguments given once for all. times: what
-    t is multiplied with, [1, tokens], where each token has a timestep.
+    t is multiplied with, [1, tokens], where each token has a timestep. also: shapes of further latents by input.
     """
 
     family: Family
@@ -36,6 +36,12 @@ class Call:
     fixed: Mapping[str, Any]
     beside: torch.Tensor | None = None
     times: torch.Tensor | None = None
+    also: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def latents(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all that is denoised, by input."""
+        return {"hidden_states": self.latent, **self.also}
 
     @property
     def channel_axis(self) -> int:
@@ -82,12 +88,13 @@ def call(
         beside = family.beside(config, size) if family.beside is not None else None
     except ModelError as error:
         raise ModelError(f"{origin}: {error.what}", hint=error.hint) from error
-    _check_arguments(network, origin, {*inputs, *fixed})
+    _check_arguments(network, origin, {*inputs, *fixed, *(family.also(config, size) if family.also else ())})
     times = None if family.times is None else family.times(config, size)
     latent = list(family.latent(config, size))
     if beside is not None:
         latent[family.channel_axis] -= beside.shape[family.channel_axis]
-    return Call(family, size, tuple(latent), inputs, fixed, beside, times)
+    also = {} if family.also is None else family.also(config, size)
+    return Call(family, size, tuple(latent), inputs, fixed, beside, times, also)
 
 
 def _pipeline_settings(index: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def load(spec: str, options: Options) -> Model:
         options = _sized(options, held)
     found = _Prompts([]) if held is not None else _prompts(pipeline, options)
     networks, first = pipeline.networks, pipeline.networks[0]
-    call = _shapes.call(first, spec, pipeline.vae, options, _tokens(held, found.prompts))
+    call = _shapes.call(first, spec, pipeline.vae, options, _tokens(held, found.prompts), pipeline.index)
     for one in networks:
         one.fix(call.fixed)
     notes = [*(note for one in networks for note in one.notes), *found.notes]
@@ -54,6 +54,8 @@ def load(spec: str, options: Options) -> Model:
         return _from_recorded(pipeline, call, held, {"config": facts, "notes": notes})
     guidance, call = _guidance(pipeline, call, options)
     prompts = found.prompts or _embeddings.random(call)
+    if call.beside is not None and not any(_embeddings.IMAGE in one["cond"] for one in prompts):
+        notes.append(f"no {_embeddings.IMAGE} in --prompt-embeds: a RANDOM image; {_embeddings.RANDOM_NOTE}")
     prompts = _embeddings.check(prompts, call, len(guidance.branches) > 1, found.origin, _arguments(first))
     call = _embeddings.with_masks(call, prompts)
     scheduler = _scheduler(pipeline, call, options)
@@ -61,7 +63,8 @@ def load(spec: str, options: Options) -> Model:
         notes.append(f"{spec} has no scheduler: {scheduler.name} as in the family's published pipeline")
     module = _module(pipeline)
     loop = _denoise.Loop(call, scheduler, prompts, guidance, options.seed or 0)
-    example = _embeddings.inputs(call, torch.zeros(call.latent), scheduler.timesteps[0], prompts[0]["cond"])
+    zeros = {name: torch.zeros(shape) for name, shape in call.latents.items()}
+    example = _embeddings.inputs(call, zeros, scheduler.timesteps[0], prompts[0]["cond"])
     facts |= {"scheduler": scheduler.name, "steps": scheduler.steps, "guidance": guidance.scale, "shift": options.shift}
     generated = _denoise.Generated(module, loop)
     made = _model(pipeline, module, example, generated, call, {"config": facts, "notes": notes})
@@ -80,7 +83,7 @@ def _model(
     """The model, whose weights stay in their files; experts have theirs each."""
     one = pipeline.networks[0] if len(pipeline.networks) == 1 else None
     weights = (None, None) if one is None else (one.checkpoint, one.make)
-    steady = tuple(name for name in example if name not in ("hidden_states", "timestep"))
+    steady = tuple(name for name in example if name not in ("timestep", *call.latents))
     return Model(
         module, example, trajectories, metadata=metadata, checkpoint=weights[0], make=weights[1], prompt_inputs=steady
     )
@@ -88,8 +91,9 @@ def _model(
 
 def _from_recorded(pipeline: Pipeline, call: _shapes.Call, held: Recorded, metadata: dict[str, Any]) -> Model:
     example = dict(next(iter(held))[0]["inputs"])
-    text = {name: tensor for name, tensor in example.items() if name not in ("hidden_states", "timestep")}
-    wanted = _embeddings.inputs(call, torch.zeros(call.latent), example["timestep"], text)
+    text = {name: tensor for name, tensor in example.items() if name not in ("timestep", *call.latents)}
+    zeros = {name: torch.zeros(shape) for name, shape in call.latents.items()}
+    wanted = _embeddings.inputs(call, zeros, example["timestep"], text)
     recorded.check(held, wanted, pipeline.folder)
     return _model(pipeline, _module(pipeline), example, held, call, metadata)
 
