@@ -31,6 +31,7 @@ from vdq_export.calib.draft import Network, draft
 from vdq_export.calib.record import CalibrationRecord, Slot, ValueRecord
 from vdq_export.calib.solve import TOKENS, Solved
 from vdq_export.contract import PassContext
+from vdq_export.engine import Local
 from vdq_export.graph import Array, Graph
 
 RECIPE, TARGET, BINS, LIMIT = "wan22-w4a4", "reference", 6, 90.0
@@ -84,7 +85,7 @@ def timed(settings: dict[str, Any]) -> dict[str, Any]:
 
 def profile(settings: dict[str, Any]) -> dict[str, Any]:
     """Task: CPU seconds of each part, all in this process, which has one thread."""
-    solving.solve_groups = lambda tasks, workers: map(group.solve_group, tasks)  # type: ignore[assignment]
+    solving.solve_groups = lambda tasks, *_: map(group.solve_group, tasks)  # type: ignore[assignment]
     network = made(SHAPES[settings["small"]])
     with cProfile.Profile(time.process_time) as profiler:
         start = time.process_time()
@@ -116,7 +117,7 @@ def solved(network: Network, workers: int) -> tuple[Solved, dict[str, float]]:
     floated = network.graph.copy()
     pipeline.run_passes(floated, pipeline.FLOAT, PassContext(one, None, network.spec))
     passed = time.perf_counter()
-    found = solving.solve(one, floated, network.record, network.spec, workers=workers)
+    found = solving.solve(one, floated, network.record, network.spec, engine=Local(workers))
     done = time.perf_counter()
     assert len(found.plan.bins) == BINS and all(layer.quantized for layer in found.plan.layers)
     return found, {

@@ -22,11 +22,13 @@ from vdq_export.calib.group import GroupResult, GroupTask, LayerWeights, solve_g
 from vdq_export.calib.low_rank import split
 from vdq_export.calib.ranges import Grid, affine
 from vdq_export.calib.workers import in_order
+from vdq_export.engine import Local
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array
 from vdq_export.number_grid import dequantize
 from vdq_export.plan import Dynamic, Range
 from vdq_export.recipe import ActivationRecipe, GptqRecipe, Recipe, WeightRecipe
+from vdq_export.work_store import WorkStore
 
 INT4_32 = WeightFormat("int4", 4, 7, 32)
 INT4 = WeightFormat("int4", 4, 7)
@@ -247,21 +249,21 @@ def test_processes_give_the_serial_result(
     workers: int, serial: list[GroupResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(group, "LIGHT", 0)
-    found = list(solve_groups((task(seed) for seed in range(4)), workers))
+    found = list(solve_groups((task(seed) for seed in range(4)), Local(workers)))
     assert all(same(a, b) for a, b in zip(found, serial, strict=True))
     assert not same(found[0], found[1])
 
 
 def test_light_groups_need_no_process(serial: list[GroupResult], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
-    assert all(same(a, b) for a, b in zip(solve_groups(map(task, range(4)), 2), serial, strict=True))
-    assert list(solve_groups([], 2)) == []
+    assert all(same(a, b) for a, b in zip(solve_groups(map(task, range(4)), Local(2)), serial, strict=True))
+    assert list(solve_groups([], Local(2))) == []
 
 
 def test_a_failure_in_a_process_names_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "LIGHT", 0)
     tasks = [task(0), replace(task(1), weights=task(1).weights[:1]), task(2)]
-    results = solve_groups(tasks, 2)
+    results = solve_groups(tasks, Local(2))
     next(results)
     with pytest.raises(CalibrationError, match=r"^block.1.q, block.1.k: ValueError: ") as caught:
         next(results)
@@ -339,3 +341,27 @@ def test_leaving_early_ends_the_processes() -> None:
     found.close()  # type: ignore[attr-defined]
     assert time.monotonic() - started < 5
     assert threading.active_count() == before
+
+
+def test_what_is_shared_comes_before_the_task() -> None:
+    assert list(in_order(pow, range(4), 2, name=str, shared=3)) == [1, 3, 9, 27]
+    light = in_order(pow, range(4), 2, name=str, shared=3, is_light=lambda number: number % 2 == 0)
+    assert list(light) == [1, 3, 9, 27]
+
+
+# -- groups that were solved before ----------------------------------------------------------------------------------
+
+
+def test_costly_groups_are_kept_and_only_they(
+    tmp_path: Path, serial: list[GroupResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group, "LIGHT", 0)
+    costly = [task(seed) for seed in range(4)]
+    assert all(map(group.is_costly, costly))
+    cheap = task(ranks=(0, 0), made=recipe("nearest", range="minmax"))
+    assert not group.is_costly(cheap)
+    list(solve_groups([*costly[:2], cheap], Local(1), store := WorkStore(tmp_path)))
+    assert (store.hits, store.misses) == (0, 2)
+    found = list(solve_groups(costly, Local(1), store))
+    assert (store.hits, store.misses) == (2, 4)
+    assert all(same(a, b) for a, b in zip(found, serial, strict=True))
