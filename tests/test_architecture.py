@@ -55,6 +55,7 @@ LAYERS = {
     "vdq_export.trace_weightless": 3,
     "vdq_export.sources": 3,
     "vdq_export.sources.families": 2,
+    "vdq_export.sources._stdit": 2,
     "vdq_export.samples": 2,
     "vdq_export.recipe_toml": 1,
     "vdq_export.hoisting": 2,

@@ -1,6 +1,7 @@
 """The registry of video transformer families: those with a file in sources/families, and what the rest asks for.
 
-A class without a file can still be taken where its forward asks for nothing but KNOWN arguments.
+A class without a file can still be taken where its forward asks for nothing but KNOWN arguments: what each of them is
+follows from the configuration (generic()).
 """
 
 from __future__ import annotations
@@ -13,20 +14,41 @@ from typing import Any, Literal
 import torch
 
 from vdq_export.sources.families import (
+    CHANNELS,
     FAMILIES,
     TEXT_WIDTHS,
     Family,
+    Input,
     Published,
+    Size,
     Tiny,
+    _generic,
     find,
+    mask,
     text,
-    text_and_mask,
 )
 
-__all__ = ["FAMILIES", "Family", "Published", "Support", "Tiny", "classes", "example_inputs", "find", "of", "support"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Published",
+    "Support",
+    "Tiny",
+    "classes",
+    "example_inputs",
+    "find",
+    "generic",
+    "of",
+    "support",
+]
 
 SUFFIX = "Transformer3DModel"
-KNOWN = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask")
+KNOWN = (
+    "hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask", "encoder_hidden_states_mask",
+    "pooled_projections", "guidance",
+)  # fmt: skip
+POOLED_WIDTHS = ("pooled_projection_dim", "in_text_dim2")  # of pooled_projections; the first that is set
+GUIDANCE = 6.0  # embedded guidance where nothing says another
 
 
 @dataclass(frozen=True)
@@ -46,12 +68,28 @@ class Support:
 
 def of(class_name: str) -> Family:
     """The family of a transformer class; of a class without a file, what its signature says."""
-    found = find(class_name)
-    if found is not None:
-        return found
+    return find(class_name) or generic(class_name)
+
+
+def generic(class_name: str) -> Family:
+    """What the signature of a class's forward says, files left aside."""
     kind = classes().get(class_name)
-    masked = kind is not None and "encoder_attention_mask" in _required(kind)
-    return Family(class_name.removesuffix(SUFFIX), class_name, inputs=text_and_mask if masked else text)
+    known = () if kind is None else tuple(inspect.signature(kind.forward).parameters)
+
+    def inputs(config: Mapping[str, Any], size: Size) -> dict[str, Input]:
+        """Of KNOWN arguments those that the network takes, asked for or not: pipelines give them."""
+        made = text(config, size) if "encoder_hidden_states" in known or kind is None else {}
+        masks = ("encoder_attention_mask", "encoder_hidden_states_mask")
+        made |= {name: mask(size) for name in masks if name in known}
+        width = next((config[name] for name in POOLED_WIDTHS if config.get(name)), None)
+        if "pooled_projections" in known and width is not None:
+            made["pooled_projections"] = Input((1, int(width)))
+        if "guidance" in known and config.get("guidance_embeds"):
+            made["guidance"] = Input((1,), value=1000 * GUIDANCE)
+        return made
+
+    tried = _generic.TRIED.get(class_name)
+    return Family(class_name.removesuffix(SUFFIX), class_name, inputs=inputs, tiny=(tried,) if tried else ())
 
 
 def classes() -> dict[str, type[torch.nn.Module]]:
@@ -93,13 +131,17 @@ def _other(class_name: str, kind: type[torch.nn.Module]) -> Support:
     required = _required(kind)
     settings = inspect.signature(kind).parameters
     name = class_name.removesuffix(SUFFIX)
+    if class_name in _generic.REFUSED:
+        return Support(name, class_name, "unsupported", _generic.REFUSED[class_name])
     if unknown := [argument for argument in required if argument not in KNOWN]:
         return Support(name, class_name, "unsupported", f"forward requires {', '.join(unknown)}")
-    if "in_channels" not in settings:
-        return Support(name, class_name, "unsupported", "its configuration has no in_channels")
+    if not any(channels in settings for channels in CHANNELS):
+        return Support(name, class_name, "unsupported", f"its configuration has none of {', '.join(CHANNELS)}")
     if "encoder_hidden_states" in required and not any(width in settings for width in TEXT_WIDTHS):
         return Support(name, class_name, "unsupported", "its configuration has no width of the text")
-    return Support(name, class_name, "generic", f"not tried; forward takes {', '.join(required)}")
+    tried = class_name in _generic.TRIED
+    detail = f"{'' if tried else 'not tried; '}forward takes {', '.join(required)}"
+    return Support(name, class_name, "generic", detail, tried=tried)
 
 
 def example_inputs(

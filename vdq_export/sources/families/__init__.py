@@ -9,6 +9,7 @@ import pkgutil
 from importlib import import_module
 
 from vdq_export.sources.families._family import (
+    CHANNELS,
     TEXT_WIDTHS,
     Config,
     Family,
@@ -16,6 +17,7 @@ from vdq_export.sources.families._family import (
     Published,
     Size,
     Tiny,
+    even_sigmas,
     mask,
     text,
     text_and_mask,
@@ -23,6 +25,7 @@ from vdq_export.sources.families._family import (
 )
 
 __all__ = [
+    "CHANNELS",
     "FAMILIES",
     "TEXT_WIDTHS",
     "Config",
@@ -31,6 +34,7 @@ __all__ = [
     "Published",
     "Size",
     "Tiny",
+    "even_sigmas",
     "find",
     "mask",
     "text",

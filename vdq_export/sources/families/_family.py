@@ -43,7 +43,7 @@ class Input:
     """A tensor that a network takes beside latent and timestep, the same at every step of a guidance branch.
 
     value: what it holds where nothing is given (a mask of ones, a guidance scale); None: the prompt's, random in tests.
-    changes: it does change along the steps (a second timestep), and only recorded trajectories know how.
+    changes: it does change along the steps (a second timestep), and only recorded trajectories say how.
     """
 
     shape: tuple[int, ...]
@@ -110,6 +110,11 @@ def text_and_mask(config: Config, size: Size) -> dict[str, Input]:
     return {**text(config, size), "encoder_attention_mask": mask(size)}
 
 
+def even_sigmas(steps: int) -> list[float]:
+    """1, 1 - 1/steps, …, 1/steps, as most pipelines of flow-matching models begin."""
+    return [1 - step / steps for step in range(steps)]
+
+
 def nothing(config: Config, size: Size) -> dict[str, Any]:
     """No argument is fixed."""
     return {}
@@ -166,6 +171,7 @@ class Family:
     times(config, size): what a step's t is multiplied with, [1, tokens], where each token has a timestep; None: one for
     all. guided(cond, uncond, scale): the prediction of both branches. frames(config, T): latent frames that the
     network gets of so many, where it takes whole patches and the pipeline fills up.
+    sigmas(steps): noise levels that the pipeline gives a flow-matching scheduler; None: the scheduler's own.
     also(config, size): shapes of further latents that are denoised with hidden_states, by input: audio. The network
     then returns all predictions in one row [B, elements], one after the other (prepare() makes it). repeats: arguments
     that a pipeline gives beside an input, always equal to it.
@@ -195,6 +201,7 @@ class Family:
     times: Callable[[Config, Size], torch.Tensor | None] | None = None
     guided: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor] = conditioned
     frames: Callable[[Config, int], int] = as_many
+    sigmas: Callable[[int], list[float]] | None = None
     also: Callable[[Config, Size], dict[str, tuple[int, ...]]] | None = None
     repeats: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[torch.nn.Module], None] | None = None
