@@ -59,10 +59,17 @@ def _same_as(node: Node) -> Value | None:
     if node.op in ("Identity", "Dropout"):
         return source
     if node.op == "Cast" and source.dtype is not None:
-        same = np.dtype(source.dtype) == onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"])
+        same = _onnx_type(source) == node.attrs["to"]
     elif node.op == "CastLike" and source.dtype is not None:
         same = source.dtype == node.inputs[1].dtype
     else:
         perm = list(node.attrs.get("perm", []))
         same = node.op == "Transpose" and bool(perm) and perm == sorted(perm)
     return source if same else None
+
+
+def _onnx_type(value: Value) -> int:
+    """The ONNX number of a value's type; graphs give types that numpy has not (bfloat16) as that number already."""
+    if isinstance(value.dtype, int):
+        return value.dtype
+    return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(value.dtype)))

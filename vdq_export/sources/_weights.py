@@ -20,10 +20,11 @@ import msgspec
 import numpy as np
 import torch
 
-from vdq_export import on_demand
+from vdq_export import learned, on_demand
 from vdq_export.checkpoint import Checkpoint, Stored, read_header
 from vdq_export.errors import ModelError
-from vdq_export.sources import families
+from vdq_export.learned import Learned, is_learned
+from vdq_export.sources import _remote_code, families
 
 STEM = "diffusion_pytorch_model"
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -43,6 +44,7 @@ class Network:
     notes: tuple[str, ...]
     checkpoint: Checkpoint
     build: Callable[[], torch.nn.Module]
+    learned: Learned | None = None
     fixed: dict[str, Any] = field(default_factory=dict)
 
     def make(self) -> torch.nn.Module:
@@ -94,9 +96,20 @@ def read(folder: Path) -> Network:
             f"{folder / 'config.json'}: {kind.__name__} cannot be built from it: {why}", hint="restore the file"
         ) from error
     optional = getattr(kind, "_keys_to_ignore_on_load_unexpected", None) or ()
-    checkpoint, told = _checked(module, files, folder, optional)
+    scales = {name: file for name, file in files.items() if is_learned(name)}
+    checkpoint, told = _checked(module, {n: f for n, f in files.items() if n not in scales}, folder, optional)
+    found = _learned(scales, checkpoint, folder)
+    if found is not None:
+        told.append(f"{folder}: {len(found.layers)} layers have scales learned in training, which are used as they are")
     on_demand.on_demand(module, checkpoint, str(folder))
-    return Network(module, kind.__name__, config, (*notes, *told), checkpoint, build)
+    return Network(module, kind.__name__, config, (*notes, *told), checkpoint, build, found)
+
+
+def _learned(files: Mapping[str, Path], checkpoint: Checkpoint, folder: Path) -> Learned | None:
+    """The scales in `files` ({tensor: its file}), beside the checkpoint's weights."""
+    headers = {file: read_header(file) for file in set(files.values())}
+    held = {name: headers[file][name] for name, file in files.items() if name in headers[file]}
+    return learned.read(held, Checkpoint({**checkpoint.tensors, **held}), str(folder))
 
 
 def _build(kind: Any, settings: Mapping[str, Any]) -> torch.nn.Module:
@@ -113,13 +126,13 @@ def _class(config: Mapping[str, Any], path: Path) -> Any:
     import diffusers.models.transformers as transformers
 
     if "auto_map" in config:
-        raise ModelError(
-            f"{path} asks for code of its own (auto_map), which is never run",
-            hint="write a factory and give package.module:factory",
-        )
+        module, _, name = str(next(iter(dict(config["auto_map"]).values()))).rpartition(".")
+        return _remote_code.load(path.parent, module, name, path)
     if "quantization_config" in config:
         raise ModelError(f"{path} describes quantized weights", hint="give the original, unquantized model")
     name = config.get("_class_name")
+    if (family := families.find(str(name))) is not None and family.network is not None:
+        return family.network_class()
     known = sorted(n for n in dir(transformers) if n.endswith("Transformer3DModel"))
     if name not in known:
         near = get_close_matches(str(name), known, n=3, cutoff=0.5) or known
