@@ -14,6 +14,7 @@ from vdq_export import hand_off, hoisting, hoisting_parts, pipeline, sources, ta
 from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter
+from vdq_export.calib import learned
 from vdq_export.calib.bins import Tsw, check_count
 from vdq_export.calib.draft import Network, draft
 from vdq_export.calib.observe import observe
@@ -204,6 +205,7 @@ def _plan_network(
     with reporter.stage(f"trace {expert}".strip()):
         graph = settings.traced[expert] if expert in settings.traced else trace(model)
     reports = pipeline.run_passes(graph, pipeline.canonical(spec.name), PassContext(spec=spec), dump=dump)
+    recipe = learned.adapted(recipe, model.learned)
     record = _record(graph, model, expert, settings)
     probe = None if recipe.schedule.cache is None else learn(graph, model, store=settings.store)
     constant = record.constant_inputs if model.prompt_inputs is None else model.prompt_inputs
@@ -221,6 +223,7 @@ def _plan_network(
             told = pipeline.run_passes(floated, pipeline.FLOAT, PassContext(one, None, spec), dump=dump)
             reports += told if number == 0 else []
             solved = solve(one, floated, record, spec, engine=settings.engine, store=settings.store, progress=advance)
+            solved = learned.carry(solved, floated, model.learned, spec)
             hoisted = hoisting.split(floated, roles, layers) if settings.hoist else None
             body = floated if hoisted is None else hoisted.body
             plans = _precisions(solved, record, spec, count)

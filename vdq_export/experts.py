@@ -18,13 +18,14 @@ import torch
 
 from vdq_export.checkpoint import Checkpoint
 from vdq_export.errors import ModelError
+from vdq_export.learned import Learned
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")  # it becomes a part of file and plan names, between dots
 
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """One network and the timesteps it serves; checkpoint, make: as a Model's.
+    """One network and the timesteps it serves; checkpoint, make, learned: as a Model's.
 
     Raises ModelError for a name or range that cannot be.
     """
@@ -34,6 +35,7 @@ class Expert:
     t: tuple[float, float]
     checkpoint: Checkpoint | None = None
     make: Callable[[], torch.nn.Module] | None = None
+    learned: Learned | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):

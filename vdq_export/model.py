@@ -17,6 +17,8 @@ from vdq_export import on_demand
 from vdq_export.checkpoint import Checkpoint
 from vdq_export.errors import ModelError
 from vdq_export.experts import Expert, Experts
+from vdq_export.graph import Graph
+from vdq_export.learned import Learned
 
 Tensors = Mapping[str, torch.Tensor]
 Denoiser = Callable[..., Any]  # a transformer: called with the module's keyword inputs, returns a tensor or a tuple
@@ -66,7 +68,8 @@ class Model:
     `verify` compares whole clips.
     checkpoint, make: weights that stay in their files, and what builds the network without them; `module` is then on
     the meta device and loads them when it is first called, if they fit. prompt_inputs: the inputs that no step of a
-    guidance branch changes, as far as the source knows; None: unknown.
+    guidance branch changes, as far as the source knows; None: unknown. graph: the float graph, where there is one
+    already; `module` then runs it and has no weights. learned: scales that training left.
     Raises ModelError for inputs that are not tensors, weights that hold NaN or Inf, and Experts that look for another
     timestep input.
     """
@@ -82,6 +85,8 @@ class Model:
     checkpoint: Checkpoint | None = None
     make: Callable[[], torch.nn.Module] | None = None
     prompt_inputs: tuple[str, ...] | None = None
+    graph: Graph | None = None
+    learned: Learned | None = None
 
     def __post_init__(self) -> None:
         for name, tensor in self.example_inputs.items():
@@ -131,6 +136,7 @@ class Model:
                     checkpoint=one.checkpoint,
                     make=one.make,
                     prompt_inputs=self.prompt_inputs,
+                    learned=one.learned,
                 ),
             )
             for one in self.experts
@@ -152,6 +158,11 @@ class Model:
         checkpoints = [x for x in (self.checkpoint, *(one.checkpoint for one in self.experts)) if x is not None]
         for checkpoint in checkpoints:
             digest.update(checkpoint.digest().encode())
+        for scales in (self.learned, *(one.learned for one in self.experts)):
+            if scales is not None:
+                digest.update(scales.digest().encode())
+        if self.graph is not None:
+            digest.update(self.graph.hash().encode())
         for name, tensor in [] if checkpoints else sorted(self.module.state_dict().items()):
             digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())

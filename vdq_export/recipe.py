@@ -41,7 +41,8 @@ class WeightRecipe(_Settings, frozen=True):
     range: `mse` narrows each range to the least squared error, `pbq` narrows both bounds by progressive search.
     rounding: `nearest`, or `gptq` with the Hessian of the quantized input. grid: `mxfp4` and `mxfp8` are E2M1 and
     E4M3 numbers with E8M0 scales over blocks of 32, `nvfp4` E2M1 with E4M3 scales over blocks of 16, `fp8` E4M3 with a
-    float scale per output channel.
+    float scale per output channel. learned: what becomes of scales that training left in the checkpoint; used, they
+    replace smoothing, rotation, low-rank branches and the search of ranges.
     """
 
     bits: Bits = 8
@@ -49,6 +50,7 @@ class WeightRecipe(_Settings, frozen=True):
     group: Literal[0, 32, 64, 128] = 0
     range: Literal["minmax", "mse", "pbq"] = "minmax"
     rounding: Literal["nearest", "gptq"] = "nearest"
+    learned: Literal["use", "ignore"] = "use"
     gptq: GptqRecipe = GptqRecipe()
 
 

@@ -60,7 +60,10 @@ def trace(model: Model, *, tolerance: float = 1e-4) -> Graph:
     """
     if model.experts:
         raise TraceError(f"{model.name} is {len(model.experts)} networks", hint="trace each of model.networks()")
-    if model.checkpoint is None:
+    if model.graph is not None:
+        graph = model.graph.copy()
+        graph.source = model.weight_hash()
+    elif model.checkpoint is None:
         graph = _with_weights(model)
     else:
         graph = _with_checkpoint(model, model.checkpoint)

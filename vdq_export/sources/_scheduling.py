@@ -28,10 +28,20 @@ KNOWN = (
 class Scheduler:
     """A diffusers scheduler set to a number of steps. tokens: of the latent, for schedulers that shift by length.
 
+    sigmas: noise levels that the pipeline gives a flow-matching scheduler.
+
     Raises ModelError for a scheduler not known here, settings it refuses, and a shift it has no use for.
     """
 
-    def __init__(self, config: Mapping[str, Any], origin: str, steps: int, shift: float | None, tokens: int) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        origin: str,
+        steps: int,
+        shift: float | None,
+        tokens: int,
+        sigmas: list[float] | None = None,
+    ) -> None:
         self.name = str(config.get("_class_name"))
         self.steps = steps
         if self.name not in KNOWN:
@@ -47,7 +57,11 @@ class Scheduler:
                 raise ModelError(f"{origin}: {self.name} has no shift", hint="leave --shift out")
             settings["shift" if flows else "flow_shift"] = shift
         self._settings, self._kind, self._origin = settings, kind, origin
-        self._call = self._arguments(config, shift, tokens, flows) if dynamic else {"num_inference_steps": steps}
+        if sigmas is None and dynamic:
+            sigmas = families.even_sigmas(steps)
+        self._call: dict[str, Any] = {"sigmas": sigmas} if flows and sigmas else {"num_inference_steps": steps}
+        if dynamic:
+            self._call |= {"mu": self._mu(config, shift, tokens)}
         self.timesteps: torch.Tensor = self.fresh().timesteps
 
     def fresh(self) -> Any:
@@ -72,16 +86,14 @@ class Scheduler:
         """The highest timestep there can be."""
         return float(self.fresh().config.num_train_timesteps)
 
-    def _arguments(self, config: Mapping[str, Any], shift: float | None, tokens: int, flows: bool) -> dict[str, Any]:
-        """set_timesteps() of a scheduler that shifts by the latent's length, as LTX's pipeline calls it."""
+    def _mu(self, config: Mapping[str, Any], shift: float | None, tokens: int) -> float:
+        """What set_timesteps() shifts by: of the latent's length, as LTX's pipeline has it, or the shift chosen."""
         low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
         least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        mu = least + (most - least) * (tokens - low) / (high - low)
-        if shift is not None:  # sigma -> e^mu σ / (1 + (e^mu − 1) σ), or mu itself in its place
-            mu = shift if config.get("time_shift_type") == "linear" else math.log(shift)
-        if flows:
-            return {"sigmas": torch.linspace(1.0, 1 / self.steps, self.steps).tolist(), "mu": mu}
-        return {"num_inference_steps": self.steps, "mu": mu}
+        if shift is None:
+            return float(least + (most - least) * (tokens - low) / (high - low))
+        # sigma -> e^mu σ / (1 + (e^mu − 1) σ), or mu itself in its place
+        return shift if config.get("time_shift_type") == "linear" else math.log(shift)
 
 
 def config_of(pipeline: Path | None, class_name: str) -> tuple[Mapping[str, Any], str]:

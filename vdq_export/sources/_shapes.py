@@ -106,7 +106,7 @@ def _pipeline_settings(index: Mapping[str, Any]) -> dict[str, Any]:
 def _check_arguments(network: Network, origin: str, given: set[str]) -> None:
     """Raises ModelError for an argument that the network must have and nobody here knows."""
     parameters = inspect.signature(network.module.forward).parameters.values()
-    needed = [p.name for p in parameters if p.default is p.empty]
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     if getattr(network.module, "config", {}).get("guidance_embeds"):
         needed.append("guidance")
     given |= {"hidden_states", "timestep"}

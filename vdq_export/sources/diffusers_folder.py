@@ -82,11 +82,11 @@ def _model(
 ) -> Model:
     """The model, whose weights stay in their files; experts have theirs each."""
     one = pipeline.networks[0] if len(pipeline.networks) == 1 else None
-    weights = (None, None) if one is None else (one.checkpoint, one.make)
-    steady = tuple(name for name in example if name not in ("timestep", *call.latents))
-    return Model(
-        module, example, trajectories, metadata=metadata, checkpoint=weights[0], make=weights[1], prompt_inputs=steady
+    weights: dict[str, Any] = (
+        {} if one is None else {"checkpoint": one.checkpoint, "make": one.make, "learned": one.learned}
     )
+    steady = tuple(name for name in example if name not in ("timestep", *call.latents))
+    return Model(module, example, trajectories, metadata=metadata, prompt_inputs=steady, **weights)
 
 
 def _from_recorded(pipeline: Pipeline, call: _shapes.Call, held: Recorded, metadata: dict[str, Any]) -> Model:
@@ -109,6 +109,7 @@ def _sized(options: Options, held: Recorded) -> Options:
 
 def _facts(network: Network, call: _shapes.Call) -> dict[str, Any]:
     """What a bundle's manifest says about the model."""
+    several = {name.replace("hidden_states", "sample"): list(shape) for name, shape in call.latents.items()}
     return {
         "class": network.class_name,
         "frames": call.size.frames,
@@ -116,6 +117,8 @@ def _facts(network: Network, call: _shapes.Call) -> dict[str, Any]:
         "width": call.size.width,
         "settings": {name: value for name, value in network.config.items() if not name.startswith("_")},
         "fixed": {name: fixed_arguments.describe(value) for name, value in call.fixed.items()},
+        **({"repeats": dict(call.family.repeats)} if call.family.repeats else {}),
+        **({"outputs": several} if len(several) > 1 else {}),
     }
 
 
@@ -192,7 +195,8 @@ def _guidance(pipeline: Pipeline, call: _shapes.Call, options: Options) -> tuple
 def _scheduler(pipeline: Pipeline, call: _shapes.Call, options: Options) -> _scheduling.Scheduler:
     config, origin = pipeline.schedule
     positions = int(torch.Size(call.latent).numel()) // call.latent[call.channel_axis]
-    return _scheduling.Scheduler(config, origin, options.steps or call.family.steps, options.shift, positions)
+    steps, given = options.steps or call.family.steps, call.family.sigmas
+    return _scheduling.Scheduler(config, origin, steps, options.shift, positions, given(steps) if given else None)
 
 
 def _module(pipeline: Pipeline) -> torch.nn.Module:
@@ -201,7 +205,7 @@ def _module(pipeline: Pipeline) -> torch.nn.Module:
         return pipeline.networks[0].module
     ranges = ((pipeline.boundary, pipeline.horizon), (0.0, pipeline.boundary))
     named = zip(pipeline.networks, ("high", "low"), ranges, strict=True)
-    return Experts([Expert(name, one.module, t, one.checkpoint, one.make) for one, name, t in named])
+    return Experts([Expert(name, one.module, t, one.checkpoint, one.make, one.learned) for one, name, t in named])
 
 
 def _tokens(held: Recorded | None, prompts: Sequence[Prompt]) -> int | None:
