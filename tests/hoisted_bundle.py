@@ -107,7 +107,7 @@ def write(out: Path, kind: Kind | None = None, **settings: Any) -> Bundle:
     with BundleWriter(out) as writer:
         bins, paths = list[Bin](), list[str]()
         for index, (branch, lo, hi) in enumerate(ranges):
-            steps = tuple(t for t in STEPS if lo < t <= hi)
+            steps = tuple(t for t in STEPS if lo <= t < hi or t == hi == EDGES[0])
             expert = "high" if lo >= 500 else "low"
             bins.append(Bin(index=index, t=(lo, hi), steps=steps, branch=branch, expert=expert))
             number = index % 4

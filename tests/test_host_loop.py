@@ -21,10 +21,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
 from safetensors.numpy import save
 
-from tests import policy_cases
+from tests import hoisted_bundle, policy_cases
 from tests.host_cases import (
     CHROMIUM,
     HOST,
@@ -32,15 +33,14 @@ from tests.host_cases import (
     MODULES,
     Array,
     generate,
+    hoisted_case,
     made_once,
     needs_chromium,
     needs_modules,
     needs_node,
     node,
-    table_case,
     with_policy,
     with_schedule,
-    with_tables,
 )
 from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
@@ -181,33 +181,89 @@ def test_policies_with_graphs_for_each_branch_and_a_probe(
         assert len(step["bins"]) == (0 if step["precision"] is None else 2)
 
 
+def prompts(seed: int = 0) -> dict[str, dict[str, Array]]:
+    """Of both guidance branches, for bundles in parts."""
+    made = [hoisted_bundle.inputs(seed=100 + seed + place) for place in range(2)]
+    return {
+        branch: {name: one[name] for name in ("encoder_hidden_states", "mask")}
+        for branch, one in zip(("cond", "uncond"), made, strict=True)
+    }
+
+
+def euler_clip(path: Path, start: Array, given: dict[str, dict[str, Array]]) -> Array:
+    """What Python's runtime and flow-euler with guidance 2 make of it."""
+    x, steps = start, hoisted_bundle.STEPS
+    with load(path, threads=1, session_options=PACKED) as transformer:
+        for t, following in pairwise((*steps, 0.0)):
+            calls = []
+            for branch, inputs in given.items():
+                with transformer.cache_context(branch):
+                    calls.append(transformer(hidden_states=x, timestep=t, **inputs).sample)
+            c, u = calls
+            x = x + np.float32((following - t) / 1000) * (u + np.float32(2) * (c - u))
+    clip: Array = np.clip(x[0] / 2 + np.float32(0.5), 0, 1)
+    return clip
+
+
 @needs_modules
-def test_rows_of_tables_are_fed_for_their_timestep(tmp_path: Path) -> None:
-    made = with_tables(tmp_path / "bundle")
-    start, cond, uncond = np.random.default_rng(0).standard_normal((3, 1, 2, 3)).astype(np.float32) / 4
-    contexts = {"cond": cond, "uncond": uncond}
-    found = generate(made.bundle.path, table_case(start, contexts), tmp_path)
-    np.testing.assert_array_equal(found.clip, made.clip(start, contexts, guidance=2.0))
-    assert [step["bins"] for step in found.steps] == [[0, 0], [0, 0], [1, 1], [1, 1]]
-    assert found.clip.std() > 0.05
+@pytest.mark.parametrize(
+    ("step", "tables", "runs"),
+    [
+        (True, True, {"prompt": 4, "step": 0, "mixed": 16, "rows": 16}),  # each of two experts, of both branches
+        (False, True, {"prompt": 4, "step": 0, "mixed": 16, "rows": 16}),
+        (True, False, {"prompt": 4, "step": 16, "mixed": 16, "rows": 0}),
+    ],
+)
+def test_node_runs_what_left_the_bins_graphs(tmp_path: Path, step: bool, tables: bool, runs: dict[str, int]) -> None:
+    kind = hoisted_bundle.Kind(step=step, tables=tables, branches=("cond", "uncond"))
+    made = hoisted_bundle.write(tmp_path / "bundle", kind)
+    start = hoisted_bundle.inputs()["hidden_states"] / 8
+    found = generate(made.path, hoisted_case(start, prompts()), tmp_path)
+    np.testing.assert_array_equal(found.clip, euler_clip(made.path, start, prompts()))
+    assert found.runs == runs
+    assert [one["bins"] for one in found.steps] == [[n, n + 4] for n in (0, 0, 0, 1, 1, 2, 2, 3)]
+    whole = hoisted_bundle.write(tmp_path / "whole", kind._replace(hoist=False)).path
+    np.testing.assert_allclose(found.clip, euler_clip(whole, start, prompts()), rtol=0, atol=1e-5)
+    other = prompts(5) | {"uncond": prompts()["uncond"]}
+    again = generate(made.path, hoisted_case(start, other), tmp_path)
+    assert np.abs(again.clip - found.clip).max() > 0.01, "the prompt is seen"
+
+
+@needs_modules
+def test_node_gives_probes_what_was_computed_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = hoisted_bundle.write(tmp_path / "unit", hoisted_bundle.Kind(with_probe=True))
+    path = with_policy(made.path, "cache=2", tmp_path / "bundle")
+    start, chosen = hoisted_bundle.inputs()["hidden_states"] / 8, list[str | None]()
+    found = generate(path, hoisted_case(start, prompts()), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "count_step", lambda _, precision: chosen.append(precision))
+        np.testing.assert_array_equal(found.clip, euler_clip(path, start, prompts()))
+    assert [one["precision"] for one in found.steps] == chosen
+    assert {None, ""} == set(chosen)
 
 
 @needs_modules
 def test_what_it_cannot_do_it_refuses(tmp_path: Path) -> None:
-    made = with_tables(tmp_path / "short", rows=3)
-    start = np.zeros((1, 2, 3), np.float32)
-    for name, contexts, message in (
-        ("timestep", {"cond": start, "uncond": start}, "no value for input shift at timestep 250"),
-        ("input", {"any": start}, "no value for input context at timestep 1000"),
+    kind = hoisted_bundle.Kind(step=False, rows=hoisted_bundle.STEPS[:-1])
+    made = hoisted_bundle.write(tmp_path / "short", kind, uncalibrated="refuse")
+    start, given = hoisted_bundle.inputs()["hidden_states"], prompts()
+    without = {branch: {"mask": one["mask"]} for branch, one in given.items()}
+    for name, asked, message in (
+        ("timestep", given, "timestep 125 has no row in the tables"),
+        ("input", without, "no value for input encoder_hidden_states at timestep 1000"),
     ):
-        (tmp_path / name).write_bytes(
-            table_case(start, contexts or {"any": start[:, :1]}).replace(b"any/context", b"any/another")
-        )
-        done = node(LOOP / "node.mjs", made.bundle.path, tmp_path / name, tmp_path / "out")
+        (tmp_path / name).write_bytes(hoisted_case(start, asked))
+        done = node(LOOP / "node.mjs", made.path, tmp_path / name, tmp_path / "out")
         assert done.returncode == 1 and message in done.stderr
-    graph = made.bundle.graph_path(0)
+    nearest = with_schedule(
+        made.path, msgspec.structs.replace(made.schedule, uncalibrated="nearest"), tmp_path / "near"
+    )
+    done = node(LOOP / "node.mjs", nearest, tmp_path / "timestep", tmp_path / "out")
+    assert done.returncode == 0 and done.stderr.count("timestep 125 has no row in the tables; using the nearest") == 1
+    (tmp_path / "out").unlink()
+    graph = made.graph_path(0)
     graph.write_bytes(graph.read_bytes()[:-1] + b"?")
-    done = node(LOOP / "node.mjs", made.bundle.path, tmp_path / "timestep", tmp_path / "out")
+    done = node(LOOP / "node.mjs", made.path, tmp_path / "timestep", tmp_path / "out")
     assert done.returncode == 1 and "graphs/body.bin00.onnx is damaged" in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -215,28 +271,45 @@ def test_what_it_cannot_do_it_refuses(tmp_path: Path) -> None:
 @needs_node
 def test_the_next_bins_graph_is_loaded_ahead_and_the_last_ones_let_go(bundle: Path, tmp_path: Path) -> None:
     path = with_policy(bundle, "static:low", tmp_path / "bundle")
-    (tmp_path / "case").write_bytes(case.make(Bundle.open(path), DigitsSampler(), 0))
-    done = node(HOST / "sessions.mjs", path, tmp_path / "case", tmp_path / "events.json")
+    opened = Bundle.open(path)
+    (tmp_path / "case").write_bytes(case.make(opened, DigitsSampler(), 0))
+    (tmp_path / "graphs.json").write_text(json.dumps(described(opened)), encoding="utf-8")
+    arguments = (tmp_path / "case", tmp_path / "graphs.json", tmp_path / "events.json")
+    done = node(HOST / "sessions.mjs", path, *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads((tmp_path / "events.json").read_text(encoding="utf-8"))
     events = told["events"]
     order = [f"graphs/body.bin{index:02d}.onnx" for index in range(4)]
-    assert [name for what, name, *_ in events if what == "load"] == [*order, order[0]], (
-        "the first again, for another clip"
-    )
+    ahead = set(opened.schedule.hoisted[0].graphs) - {opened.schedule.hoisted[0].step}
+    loads = [name for what, name, *_ in events if what == "load" and name not in ahead]
+    assert loads == [*order, order[0]], "the first again, for another clip"
+    assert [name for what, name, *_ in events if what == "load" and name in ahead] == sorted(ahead), "once, and no step"
+    assert [name for what, name, *_ in events if what == "run" and name.endswith("prompt.onnx")] == [
+        "graphs/prompt.onnx"
+    ] * 2
     alive: set[str] = set()
     runs = {name: [i for i, event in enumerate(events) if event[:2] == ["run", name]] for name in order}
     for i, (what, name, *rest) in enumerate(events):
         alive = alive | {name} if what == "load" else alive - {name} if what == "release" else alive
-        assert len(alive) <= 3  # the new one may be there before the old one has gone
+        assert len(alive - ahead) <= 3  # the new one may be there before the old one has gone
         if what == "load":
             assert rest == [[["weights/weights.bin", (path / "graphs" / "weights" / "weights.bin").stat().st_size]]]
-            place = order.index(name)
+            place = order.index(name) if name in order else 0
             if place > 0:
                 before = runs[order[place - 1]]
                 assert before[0] < i < before[-1], "while the bin before runs"
     assert alive == set()
     assert told["opened"].count("graphs/weights/weights.bin") == 1
+
+
+def described(bundle: Bundle) -> dict[str, Any]:
+    """Inputs and shapes of outputs of its graphs, by path."""
+    found = {}
+    for path in bundle.schedule.graphs:
+        graph = onnx.load(bundle.path / path, load_external_data=False).graph
+        outputs = {one.name: [dim.dim_value for dim in one.type.tensor_type.shape.dim] for one in graph.output}
+        found[path] = {"inputs": [one.name for one in graph.input], "outputs": outputs}
+    return found
 
 
 def test_a_case_is_what_the_sampler_begins_with(bundle: Path) -> None:
@@ -263,7 +336,7 @@ def test_bundles_of_other_samplers_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match=r"sampler 'euler', and the host loop carries out flow-euler only"):
         case.check(tiny_bundle.write(tmp_path / "bundle"))
-    made = with_tables(tmp_path / "tables").bundle
+    made = hoisted_bundle.write(tmp_path / "parts")
     case.check(made)
     with pytest.raises(ModelError, match=r"the sampler calls with hidden_states \[1, 1, 8, 16, 16\], the graphs take"):
         case.make(made, DigitsSampler(), 0)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import tiny_bundle
+from tests import hoisted_bundle, tiny_bundle
 from tests.commands import command
-from tests.host_cases import table_case, with_tables
+from tests.host_cases import hoisted_case
 from vdq_export.errors import MissingToolError, ModelError
 from vdq_export.host import case
 from vdq_export.host.server import RUNTIME, DemoServer, find_runtime
@@ -31,7 +31,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoServer]:
     folder = tmp_path_factory.mktemp("served")
-    bundle = with_tables(folder / "bundle").bundle
+    bundle = hoisted_bundle.write(folder / "bundle")
     (bundle.path / "secret.txt").write_text("not in the manifest", encoding="utf-8")
     with DemoServer(bundle, DigitsSampler(), runtime) as made:
         thread = threading.Thread(target=made.serve_forever)
@@ -60,11 +60,12 @@ def ask(server: DemoServer, path: str, method: str = "GET", host: str | None = N
         ("/?number=3", "text/html; charset=utf-8"),
         ("/style.css", "text/css; charset=utf-8"),
         ("/loop.mjs", "text/javascript; charset=utf-8"),
+        ("/ahead.mjs", "text/javascript; charset=utf-8"),
         ("/runtime/ort-wasm-simd-threaded.wasm", "application/wasm"),
         ("/bundle/manifest.json", "application/json"),
         ("/bundle/graphs/body.bin00.onnx", "application/octet-stream"),
         ("/bundle/graphs%2Fbody.bin00.onnx", "application/octet-stream"),
-        ("/bundle/tables/steps.safetensors", "application/octet-stream"),
+        ("/bundle/tables/high.safetensors", "application/octet-stream"),
     ],
 )
 def test_it_serves_the_page_the_runtime_and_the_bundle(server: DemoServer, path: str, kind: str) -> None:
@@ -106,7 +107,7 @@ def test_other_names_for_loopback_and_other_methods_get_nothing(server: DemoServ
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [("", "whole number"), ("-1", "whole number"), ("1e3", "whole number"), ("5", "the graphs take [1, 2, 3]")],
+    [("", "whole number"), ("-1", "whole number"), ("1e3", "whole number"), ("5", "the graphs take [1, 4, 8]")],
 )
 def test_cases_that_cannot_be_made_say_why(server: DemoServer, number: str, message: str) -> None:
     answer, data = ask(server, f"/case?number={number}")
@@ -127,7 +128,7 @@ def test_a_sampler_without_that_case_is_no_broken_connection(
 def test_a_case_arrives_as_it_was_made(server: DemoServer, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
-    made = table_case(np.zeros((1, 2, 3), np.float32), {})
+    made = hoisted_case(np.zeros((1, 2, 3), np.float32), {})
     monkeypatch.setattr(case, "make", lambda bundle, sampler, number: made + bytes([number]))
     answer, data = ask(server, "/case?number=7")
     assert (answer.status, data) == (200, made + b"\x07")
@@ -145,8 +146,8 @@ def test_what_is_missing_is_said_before_anything_is_served(runtime: Path, tmp_pa
     with pytest.raises(ModelError, match="flow-euler only"):
         DemoServer(tiny_bundle.write(tmp_path / "euler"), DigitsSampler(), runtime)
     with pytest.raises(MissingToolError, match=r"has no ort\.wasm\.min\.mjs"):
-        DemoServer(with_tables(tmp_path / "tables").bundle, DigitsSampler(), tmp_path)
-    code, out, err = command("serve-demo", "tables", "--no-open", cwd=tmp_path)
+        DemoServer(hoisted_bundle.write(tmp_path / "parts"), DigitsSampler(), tmp_path)
+    code, out, err = command("serve-demo", "parts", "--no-open", cwd=tmp_path)
     assert (code, out) == (2, "") and "npm install --ignore-scripts onnxruntime-web" in err
     code, out, err = command("serve-demo", "euler", "--no-open", "--runtime", str(runtime), cwd=tmp_path)
     assert (code, out) == (2, "") and "sampler 'euler'" in err

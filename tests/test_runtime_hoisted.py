@@ -158,7 +158,7 @@ def counts(transformer: Transformer) -> tuple[int, int, int, int]:
 def test_prompts_run_once_a_video_and_branch(folder: Path) -> None:
     with load(bundle(folder, Kind(branches=BRANCHES)), threads=1) as transformer:
         clip(transformer)
-        # Of each of two experts: two prompts. The upper one has the steps 1000 … 625, the lower one the others.
+        # Of each of two experts: two prompts. The upper one has the steps 1000 … 500, the lower one the others.
         assert counts(transformer) == (4, 0, 16, 16)
         clip(transformer, seed=10)  # other prompts
         assert counts(transformer) == (8, 0, 32, 32)

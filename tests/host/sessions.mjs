@@ -1,9 +1,11 @@
-// Which sessions a clip loads and lets go, in order: node sessions.mjs BUNDLE CASE RESULTS. Graphs give zeros here.
+// Which sessions a clip loads and lets go, in order: node sessions.mjs BUNDLE CASE GRAPHS RESULTS. Graphs give zeros
+// here, of the shapes that GRAPHS says: {graph: {inputs: [name], outputs: {name: shape}}}.
 import { readFile, writeFile } from "node:fs/promises";
 import { join } from "node:path";
 import { Bundle, readCase } from "../../vdq_export/host/loop.mjs";
 
-const [folder, source, target] = process.argv.slice(2);
+const [folder, source, described, target] = process.argv.slice(2);
+const graphs = JSON.parse(await readFile(described));
 const events = [];
 const opened = [];
 const bytes = async (place) => new Uint8Array(await readFile(place)).buffer;
@@ -11,14 +13,19 @@ const read = (path) => (opened.push(path), bytes(join(folder, path)));
 
 class Session {
   static async create(graph, options) {
-    const made = Object.assign(new Session(), { name: opened.filter((path) => path.endsWith(".onnx")).at(-1) });
-    events.push(["load", made.name, options.externalData.map(({ path, data }) => [path, data.byteLength])]);
+    const name = opened.filter((path) => path.endsWith(".onnx")).at(-1);
+    const { inputs: inputNames, outputs } = graphs[name];
+    const made = Object.assign(new Session(), { name, inputNames, outputs, outputNames: Object.keys(outputs) });
+    events.push(["load", name, options.externalData.map(({ path, data }) => [path, data.byteLength])]);
     return made;
   }
-  async run(feeds, [output]) {
-    events.push(["run", this.name, feeds.timestep.data[0]]);
+  async run(feeds) {
+    const missing = this.inputNames.filter((name) => !(name in feeds));
+    if (missing.length || Object.keys(feeds).length !== this.inputNames.length) throw new Error(`fed wrongly: ${missing}`);
+    events.push(["run", this.name]);
     await new Promise((resolve) => setTimeout(resolve, 20)); // as long as loading takes
-    return { [output]: { data: feeds.hidden_states.data.map(() => 0) } };
+    const zeros = (shape) => new Tensor("float32", new Float32Array(shape.reduce((a, b) => a * b, 1)), shape);
+    return Object.fromEntries(Object.entries(this.outputs).map(([name, shape]) => [name, zeros(shape)]));
   }
   async release() {
     events.push(["release", this.name]);

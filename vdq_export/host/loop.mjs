@@ -3,10 +3,10 @@
 //   const bundle = await Bundle.open(ort, read);
 //   for await (const step of bundle.generate(readCase(buffer))) show(step);
 
-const EDGE_TOLERANCE = 1e-6; // relative: t travels as float32, the calibrated ends are float64
+import { Ahead, graphsFor, settings, slack } from "./ahead.mjs";
+
 const TYPES = { F32: ["float32", Float32Array], I64: ["int64", BigInt64Array], I32: ["int32", Int32Array] };
 const ARRAYS = Object.fromEntries(Object.values(TYPES));
-const slack = (t) => EDGE_TOLERANCE * Math.max(1, Math.abs(t));
 const parse = (buffer) => JSON.parse(new TextDecoder().decode(buffer));
 
 /** {tensors: {name: {dtype, shape, data}}, metadata} of a safetensors file. */
@@ -33,7 +33,8 @@ export function readCase(buffer) {
 /** schedule.json: which graph runs at which timestep. */
 export class Schedule {
   constructor(data, warn = console.warn) {
-    Object.assign(this, { policy: { kind: "static" }, uncalibrated: "nearest", reuse: null, ...data, warn, warned: 0 });
+    const defaults = { policy: { kind: "static" }, uncalibrated: "nearest", reuse: null, hoisted: [] };
+    Object.assign(this, { ...defaults, ...data, warn, warned: 0 });
     this.steps = [...new Set(this.bins.flatMap((bin) => bin.steps))].sort((a, b) => b - a);
     this.precisions = this.policy.kind === "static" ? [this.policy.precision ?? ""] : ["low", "high"];
   }
@@ -153,12 +154,12 @@ export class Bundle {
   /** Open the bundle whose files `read` gives; their hashes are compared with the manifest's. */
   static async open(ort, read, warn = console.warn) {
     const bundle = Object.assign(new Bundle(), { ort, source: read, manifest: parse(await read("manifest.json")) });
-    const { kind, format, files } = bundle.manifest;
+    const { kind, format } = bundle.manifest;
     if (kind !== "vdq-export bundle" || format !== 1) throw new Error(`not a bundle of format 1: ${kind} ${format}`);
     bundle.schedule = new Schedule(parse(await bundle.read("schedule.json")), warn);
-    const tables = files.filter(({ path }) => path.startsWith("tables/") && path.endsWith(".safetensors"));
-    const parts = await Promise.all(tables.map(async ({ path }) => safetensors(await bundle.read(path)).tensors));
-    return Object.assign(bundle, { tables: Object.assign({}, ...parts) });
+    const paths = bundle.schedule.hoisted.flatMap(({ tables }) => (tables ? [tables] : []));
+    const tables = await Promise.all(paths.map(async (path) => [path, safetensors(await bundle.read(path)).tensors]));
+    return Object.assign(bundle, { tables: Object.fromEntries(tables) });
   }
   async read(path) {
     const entry = this.manifest.files.find((file) => file.path === path);
@@ -170,58 +171,57 @@ export class Bundle {
   }
   /** Make one clip; yields after each step. precision: null and no bins where it took the last outputs. */
   async *generate({ latent, branches }) {
-    const { sampler } = this.schedule, { steps } = sampler, policy = new Policy(this.schedule);
+    const { sampler } = this.schedule, { steps } = sampler, policy = new Policy(this.schedule), ahead = new Ahead(this);
     if (sampler.name !== "flow-euler") throw new Error(`this loop has no sampler ${sampler.name}, only flow-euler`);
     for (let step = 0, levels = noiseLevels(sampler), x = latent.data, outputs = []; step < steps; step++) {
       const began = performance.now(), t = Math.fround(1000 * levels[step]), bins = [];
       const feeds = branches.map(({ inputs }) => this.feeds(t, { ...inputs, [latent.name]: { data: x } }));
-      const precision = await policy.begin(step, t, () => this.modulated(t, branches[0].name, feeds[0]));
+      const precision = await policy.begin(step, t, () => this.modulated(t, branches[0].name, feeds[0], ahead));
       if (precision !== null) {
         outputs = [];
         for (const [place, { name }] of branches.entries()) {
           bins.push(this.schedule.select(t, name, precision));
-          outputs.push(await this.run(bins[place], name, feeds[place]));
+          outputs.push(await this.run(bins[place], name, feeds[place], ahead));
         }
         policy.observe(outputs[0]);
       }
       x = euler(x, outputs, branches, sampler.guidance, levels[step + 1] - levels[step]);
-      yield { step, steps, t, bins, precision, milliseconds: performance.now() - began, latent: x };
+      yield { step, steps, t, bins, precision, milliseconds: performance.now() - began, latent: x, runs: ahead.told };
     }
   }
-  /** The value of every graph input: the timestep, what the call brings, and rows of the tables. */
+  /** The model's inputs as tensors: the timestep, and what the call brings. */
   feeds(t, given) {
     const { inputs, timestep } = this.manifest.signature;
-    const row = this.schedule.steps.findIndex((step) => Math.abs(step - t) <= slack(t));
     const values = ({ name, dtype, shape }) => {
       const size = shape.reduce((product, n) => product * n, 1);
       if (name === timestep) return new ARRAYS[dtype](size).fill(dtype === "int64" ? BigInt(Math.trunc(t)) : t);
-      if (given[name]) return given[name].data;
-      if (!this.tables[name] || row < 0) throw new Error(`there is no value for input ${name} at timestep ${t}`);
-      return this.tables[name].data.slice(row * size, (row + 1) * size);
+      if (!given[name]) throw new Error(`there is no value for input ${name} at timestep ${t}`);
+      return given[name].data;
     };
     return Object.fromEntries(inputs.map((one) => [one.name, new this.ort.Tensor(one.dtype, values(one), one.shape)]));
   }
-  async run(index, branch, feeds) {
+  async run(index, branch, inputs, ahead) {
     const session = await this.session(this.schedule.bins[index].graph);
+    const feeds = await ahead.feeds(index, branch, session, inputs);
     const [{ name }] = this.manifest.signature.outputs, running = session.run(feeds, [name]);
     if (this.current.get(branch) !== index) this.prefetch(this.current.set(branch, index));
     return (await running)[name].data;
   }
   /** What the probe graph gives for a call: step reuse looks at it. */
-  async modulated(t, branch, feeds) {
-    const { expert } = this.schedule.bins[this.schedule.select(t, branch, this.schedule.precisions[0])].when;
-    const { graph, coefficients } = this.schedule.reuse.probes.find((one) => ["", expert].includes(one.expert));
+  async modulated(t, branch, inputs, ahead) {
+    const { bins, precisions, reuse } = this.schedule, index = this.schedule.select(t, branch, precisions[0]);
+    const { expert } = bins[index].when;
+    const { graph, coefficients } = reuse.probes.find((one) => ["", expert].includes(one.expert));
     const session = await this.session(graph);
-    const results = await session.run(Object.fromEntries(session.inputNames.map((name) => [name, feeds[name]])));
+    const results = await session.run(await ahead.feeds(index, branch, session, inputs));
     return { expert, coefficients, value: results[session.outputNames[0]].data };
   }
   /** Load what the calls after those of `current` may need, and let go of the rest. */
   prefetch(current) {
     const bins = [...current].flatMap(([branch, index]) => [index, ...this.schedule.upcoming(index, branch)]);
-    const { bins: every, reuse } = this.schedule, probes = reuse?.threshold ? reuse.probes : [];
-    const wanted = [...bins.map((index) => every[index]), ...probes].map(({ graph }) => graph);
-    this.release([...this.sessions.keys()].filter((graph) => !wanted.includes(graph)));
-    for (const graph of wanted) this.session(graph).catch(() => {}); // told when it is needed
+    const { soon, seldom } = graphsFor(this.schedule, bins);
+    this.release([...this.sessions.keys()].filter((graph) => ![...soon, ...seldom].includes(graph)));
+    for (const graph of soon) this.session(graph).catch(() => {}); // told when it is needed
   }
   /** The session of a graph, loaded once; one that failed is tried again. */
   session(graph) {
@@ -238,7 +238,7 @@ export class Bundle {
       if (!this.stores.has(path)) this.stores.set(path, this.read(path));
       return { path: path.slice(folder.length), data: new Uint8Array(await this.stores.get(path)) };
     }));
-    const options = { externalData, executionProviders: ["cpu"], extra: this.manifest.session, logSeverityLevel: 3 };
+    const options = { externalData, ...settings(this.schedule, graph, this.manifest.session) };
     return this.ort.InferenceSession.create(new Uint8Array(await this.read(graph)), options);
   }
   async release(graphs) {

@@ -1,7 +1,8 @@
 // Make one clip under Node:  node node.mjs BUNDLE CASE OUT
 //
 // CASE is what `vdq-export serve-demo` serves as /case?number=N (or what vdq_export.host.case writes). OUT becomes a
-// safetensors file with the clip [C, F, H, W] in [0, 1]; its metadata tells what ran at each step.
+// safetensors file with the clip [C, F, H, W] in [0, 1]; its metadata tells what ran at each step, and how often what
+// runs ahead of them did.
 // onnxruntime-node is looked for from the working folder upwards: npm install onnxruntime-node
 
 import { readFile, writeFile } from "node:fs/promises";
@@ -25,9 +26,9 @@ async function read(place) {
 const bundle = await Bundle.open(ort, (path) => read(join(folder, path)));
 const item = readCase(await read(source));
 const steps = [];
-let latent;
+let latent, runs;
 for await (const step of bundle.generate(item)) {
-  ({ latent } = step);
+  ({ latent, runs } = step);
   steps.push({ t: step.t, bins: step.bins, precision: step.precision, milliseconds: step.milliseconds });
   const how = step.precision === null ? "reused" : `bin ${[...new Set(step.bins)]} ${step.precision}`;
   const time = `${step.milliseconds.toFixed(1)} ms`;
@@ -37,7 +38,7 @@ await bundle.close();
 
 const clip = pixels(latent);
 const header = {
-  __metadata__: { steps: JSON.stringify(steps) },
+  __metadata__: { steps: JSON.stringify(steps), runs: JSON.stringify(runs) },
   clip: { dtype: "F32", shape: item.latent.shape.slice(1), data_offsets: [0, clip.byteLength] },
 };
 const text = JSON.stringify(header);

@@ -21,7 +21,7 @@ from vdq_export.host import case
 from vdq_export.manifest import MANIFEST
 from vdq_export.model import Sampler
 
-PAGE = ("index.html", "style.css", "page.mjs", "worker.mjs", "loop.mjs")
+PAGE = ("index.html", "style.css", "page.mjs", "worker.mjs", "loop.mjs", "ahead.mjs")
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 TYPES = {
     ".html": "text/html; charset=utf-8",
