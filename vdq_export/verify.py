@@ -29,6 +29,7 @@ from vdq_export.runtime import load
 from vdq_export.runtime.ahead import Ahead
 from vdq_export.trace import OUTPUT, trace
 
+CLIPS = 20  # compared unless told otherwise
 INFINITE_DB = 200.0  # stands for "no difference at all" in JSON, which has no infinity
 
 
@@ -61,11 +62,12 @@ class Clips:
 
 
 def verify(
-    bundle: Bundle, model: Model | str | None = None, *, clips: int = 20, reporter: Reporter | None = None
+    bundle: Bundle, model: Model | str | None = None, *, clips: int | None = None, reporter: Reporter | None = None
 ) -> VerifyReport:
     """Measure `bundle` against its float model and judge it by its recipe's thresholds.
 
-    model: the float model; by default the one the manifest names. clips: whole clips to compare, given a sampler.
+    model: the float model; by default the one the manifest names. clips: whole clips to compare, given a sampler;
+    None: as many as it says (`clips`), else CLIPS.
     Raises ModelError when the model is not the one the bundle was made from, BundleError when it carries no plan.
     """
     reporter = reporter or Reporter()
@@ -88,7 +90,8 @@ def verify(
             pipeline.run_passes(floated, pipeline.FLOAT, PassContext(plan, None, spec))
             layers += compare_layers(bundle, plan, floated, steps, reporter)
     kernels, floating = count_kernels(bundle)
-    made = make_clips(bundle, model, clips, reporter)
+    count = getattr(model.sampler, "clips", CLIPS) if clips is None else clips
+    made = make_clips(bundle, model, count, reporter)
     return _verdict(bundle, model, thresholds, layers, kernels, floating, made)
 
 

@@ -12,10 +12,10 @@ from vdq_export.bundle import Bundle
 from vdq_export.commands.options import machine_readable, reporter, together, verbosity
 from vdq_export.report.data import VerifyReport
 from vdq_export.report.device import Bisection, DeviceBin, DeviceReport
-from vdq_export.verify import verify
+from vdq_export.verify import CLIPS, verify
 from vdq_export.verify_device import Choices, bisect_file, verify_device
 
-CLIPS, DEVICE_CLIPS = 20, 1
+DEVICE_CLIPS = 1
 
 _on_device = together(
     click.option("--device", type=click.Choice(["htp-emulator"]), help="Run there: each bin, then the clips."),
@@ -32,7 +32,9 @@ _on_device = together(
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--model", help="The float model; by default the one the bundle names.")
 @click.option(
-    "--clips", type=click.IntRange(min=0), help=f"Whole clips to compare; {CLIPS}, or {DEVICE_CLIPS} on a device."
+    "--clips",
+    type=click.IntRange(min=0),
+    help=f"Whole clips to compare; {CLIPS}; of folders 2; on a device {DEVICE_CLIPS}.",
 )
 @click.option("--save", is_flag=True, help="Keep the result in the bundle: report/report.json, or report/device.json.")
 @_on_device
@@ -69,8 +71,7 @@ def verify_command(
         ctx.exit(1 if found.suspect is not None else 0)
     opened = Bundle.open(bundle)
     if device is None:
-        count = CLIPS if clips is None else clips
-        report = verify(opened, model, clips=count, reporter=reporter(verbose, quiet))
+        report = verify(opened, model, clips=clips, reporter=reporter(verbose, quiet))
     else:
         count = DEVICE_CLIPS if clips is None else clips
         choices = Choices(arch=arch, steps=steps_per_bin, clips=count, bisect=bisect, out=out)
