@@ -10,6 +10,7 @@ leaves no half entry under a key; one that is damaged all the same has the wrong
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.metadata
 import os
@@ -123,7 +124,8 @@ class WorkStore:
         with suppress(OSError):
             if {one.name for one in self.folder.iterdir()} <= {"units", "users"}:
                 self.folder.rename(aside)  # at once: a process that comes now finds nothing rather than less and less
-                shutil.rmtree(aside, ignore_errors=True)
+        for place in self.folder.parent.glob(f"{glob.escape(self.folder.name)}.cleared-*"):  # of killed processes too
+            shutil.rmtree(place, ignore_errors=True)
 
     def _others(self) -> list[Path]:
         """Marks of processes that live, as far as this machine can know; of dead ones they are removed."""
