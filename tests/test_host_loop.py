@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -190,7 +190,7 @@ def prompts(seed: int = 0) -> dict[str, dict[str, Array]]:
     }
 
 
-def euler_clip(path: Path, start: Array, given: dict[str, dict[str, Array]]) -> Array:
+def euler_clip(path: Path, start: Array, given: Mapping[str, Mapping[str, Any]]) -> Array:
     """What Python's runtime and flow-euler with guidance 2 make of it."""
     x, steps = start, hoisted_bundle.STEPS
     with load(path, threads=1, session_options=PACKED) as transformer:

@@ -186,6 +186,7 @@ class _Call:
         self._ahead = ahead
         self._parts = parts
         self._inputs = inputs
+        self._made: dict[Path, Values] = {}
 
     def value(self, name: str) -> Value:
         tables = self._parts.tables
@@ -195,8 +196,10 @@ class _Call:
             return tables.read(name, self._row)
         if (part := self._parts.makers.get(name)) is None:
             raise BundleError(f"nothing in the bundle gives {name!r}, which a graph takes")
-        made = self._ahead.run(part, self._inputs, lambda: {one: self.value(one) for one in part.inputs})
-        return made[name]
+        if part.graph not in self._made:  # asked once for all its values: the answer compares inputs
+            made = self._ahead.run(part, self._inputs, lambda: {one: self.value(one) for one in part.inputs})
+            self._made[part.graph] = made
+        return self._made[part.graph][name]
 
     @cached_property
     def _row(self) -> int | None:

@@ -61,6 +61,7 @@ class Engine:
             for family in families
             for index, values in family.constants.items()
         }
+        self._taken: dict[int, tuple[str, ...]] = {}  # by each bin's graph, of inputs and what runs ahead
         self._schedule = schedule
         self._ahead = ahead
         self._prefetch = prefetch
@@ -76,8 +77,9 @@ class Engine:
         close(), ScheduleError for a timestep that the bundle has nothing for.
         """
         session, constants = self._session(index, branch), self._constants[index]
-        taken = [one.name for one in session.get_inputs() if one.name not in constants]
-        binding = bind(session, self._ahead.feeds(index, taken, inputs))
+        if index not in self._taken:
+            self._taken[index] = tuple(one.name for one in session.get_inputs() if one.name not in constants)
+        binding = bind(session, self._ahead.feeds(index, self._taken[index], inputs))
         for name, constant in constants.items():
             binding.bind_ortvalue_input(name, constant)
         binding.bind_output(output)

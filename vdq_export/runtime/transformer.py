@@ -6,7 +6,8 @@ Needs onnxruntime and numpy; torch is imported only by who passes torch tensors.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections import namedtuple
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -57,7 +58,8 @@ class Transformer:
         self.schedule = schedule
         about = bundle.manifest.model.config
         self.config = Config({**_part(about, "settings"), **about})
-        self._fixed = _part(about, "fixed")
+        self._fixed, self._repeats = _part(about, "fixed"), _part(about, "repeats")
+        self._outputs = [(str(one["name"]), tuple(one["shape"])) for one in about.get("outputs") or ()]
         self._seen_fixed: dict[str, Any] = {}
         self._signature = bundle.manifest.signature
         self._engine = engine
@@ -74,11 +76,23 @@ class Transformer:
         arrays = {info.name: _to_numpy(inputs[info.name], info.dtype) for info in self._signature.inputs}
         batch, name = batch_of(self._signature, arrays), self._signature.timestep
         arrays[name], per_sample = timesteps(self._signature, arrays[name], batch)
-        result = _like(self._step(arrays, per_sample), like)
+        made = self._step(arrays, per_sample)
         self._engine.count_call()
-        return Output(result) if return_dict else (result,)
+        if not self._outputs:
+            return Output(_like(made, like)) if return_dict else (_like(made, like),)
+        several = {name: _like(one, like) for name, one in _split(made, self._outputs).items()}
+        return namedtuple("Outputs", several)(**several) if return_dict else tuple(several.values())
 
     forward = __call__
+
+    def __getattr__(self, name: str) -> Any:
+        """A part of the network without weights, which a pipeline may ask for: LTX-2's does for its positions."""
+        config = self.__dict__.get("config", {})
+        if name.startswith("_") or "class" not in config:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        from vdq_export.runtime import skeleton
+
+        return skeleton.part(config["class"], _part(config, "settings"), name)
 
     def reset(self) -> None:
         """Begin a new clip on the calling thread.
@@ -90,11 +104,12 @@ class Transformer:
 
     @contextmanager
     def cache_context(self, name: str, **_: Any) -> Iterator[None]:
-        """Calls inside are of guidance branch `name` ("cond" or "uncond"); any other name means a graph for both.
+        """Calls inside are of guidance branch `name`, "cond" or "uncond" (guiders say "pred_cond"); any other
+        name means a graph for both.
 
         Pipelines also say where their loop is (step_index, sigma): the timestep itself decides here.
         """
-        before = getattr(self._local, "branch", "any")
+        before, name = getattr(self._local, "branch", "any"), name.removeprefix("pred_")
         self._local.branch = name if name in ("cond", "uncond") else "any"
         try:
             yield
@@ -187,7 +202,7 @@ class Transformer:
         names = [info.name for info in self._signature.inputs]
         if len(values) > len(names):
             raise BundleError(f"called with {len(values)} inputs, the graphs take {', '.join(names)}")
-        inputs = dict(zip(names, values, strict=False))
+        inputs, repeated = dict(zip(names, values, strict=False)), dict[str, Any]()
         for name, value in named.items():
             if name in inputs:
                 raise BundleError(f"input {name!r} was given twice")
@@ -195,11 +210,17 @@ class Transformer:
                 inputs[name] = value
             elif name in self._fixed:
                 self._check_fixed(name, value)
+            elif name in self._repeats:
+                repeated[name] = value
             elif value is not None and not (isinstance(value, Mapping) and not value):
                 raise BundleError(f"the graphs have no input {name!r}", hint=f"they take {', '.join(names)}")
         missing = [name for name in names if inputs.get(name) is None]
         if missing:
             raise BundleError(f"input {missing[0]!r} is missing", hint=f"the graphs take {', '.join(names)}")
+        for name, value in repeated.items():
+            own = inputs[self._repeats[name]]
+            if value is not None and not np.array_equal(_to_numpy(value, "float64"), _to_numpy(own, "float64")):
+                raise BundleError(f"{name} differs from {self._repeats[name]}", hint="the graphs know one of them")
         return inputs
 
     def _check_fixed(self, name: str, value: Any) -> None:
@@ -211,6 +232,13 @@ class Transformer:
                 hint="call at the frames, height and width of the export, or export again",
             )
         self._seen_fixed[name] = value
+
+
+def _split(packed: Array, outputs: Sequence[tuple[str, tuple[int, ...]]]) -> dict[str, Array]:
+    """The outputs that lie one after the other in a row of each sample, [B, elements]; shapes: with B = 1."""
+    ends = np.cumsum([int(np.prod(shape[1:])) for _, shape in outputs])
+    parts = np.split(packed, ends[:-1], axis=1)
+    return {name: part.reshape(-1, *shape[1:]) for (name, shape), part in zip(outputs, parts, strict=True)}
 
 
 def _part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
