@@ -59,6 +59,12 @@ class Case:
     def configuration(self) -> Tiny:
         return tiny_of(self.tiny)[1]
 
+    @property
+    def calls(self) -> int:
+        """Of the network in one video: both branches in one call, or one after the other."""
+        together = self.pipeline.startswith(("CogVideoX", "Latte", "Allegro", "LTX", "Mochi"))
+        return self.steps * (1 if together or self.guidance <= 1 else 2)
+
     def spec(self, folder: Path) -> str:
         """The MODEL argument of the folder at this size, with embeddings beside it."""
         frames, height, width = self.configuration.video
@@ -123,7 +129,7 @@ def save(pipe: Any, case: Case, folder: Path) -> Path:
 def inputs(pipe: Any, case: Case, seed: int) -> dict[str, torch.Tensor]:
     """What the float pipeline's first call of its network is given beside latent and timestep, by names of files.
 
-    The negative prompt's are in the second call, or in the first half of the first one's batch.
+    The negative prompt's are in the second call, or in the first half of the first one's batch; an image is of both.
     """
     calls: list[Mapping[str, Any]] = []
     hook = pipe.transformer.register_forward_pre_hook(lambda _, values, named: calls.append(named), with_kwargs=True)
@@ -140,8 +146,8 @@ def inputs(pipe: Any, case: Case, seed: int) -> dict[str, torch.Tensor]:
             file = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
             cond = first[name][-1:]
             found[file.get(name, name)] = cond.reshape(1, -1, cond.shape[-1]) if wanted.value is None else cond
-            if case.guidance > 1:
-                uncond = first[name][:1] if batched else second[name][:1]
+            uncond = first[name][:1] if batched else second[name][:1]
+            if case.guidance > 1 and ("mask" in name or not torch.equal(uncond, cond)):
                 found[f"negative_{file.get(name, name)}"] = uncond.reshape(found[file.get(name, name)].shape)
     beside = case.family.beside and case.family.beside(pipe.transformer.config, size)
     if beside is not None:

@@ -22,6 +22,7 @@ from vdq_export.sources.families import mask
 
 TEXT, MASK = "encoder_hidden_states", "encoder_attention_mask"
 IMAGE = "image_latents"  # of a file: the channels beside the noise; no input of a network
+_OF_BOTH = (IMAGE, "encoder_hidden_states_image", "image_embeds")  # the branch "uncond" sees the same image
 RANDOM_PROMPTS = 2
 RANDOM_NOTE = (
     "calibrated on RANDOM text embeddings, so ranges are not those of real prompts and quality on real prompts is "
@@ -65,6 +66,9 @@ def read(path: Path) -> list[Prompt]:
             one = tensor[min(number, tensor.shape[0] - 1)][None]
             whole = not one.is_floating_point() or name == "prompt_attention_mask"
             prompt[branch][_INPUTS.get(name, name)] = one.to(torch.int64) if whole else one.float()
+    for prompt in prompts:
+        shown = {name: prompt["cond"][name] for name in _OF_BOTH if name in prompt["cond"]}
+        prompt["uncond"] = {**shown, **prompt["uncond"]}
     return list(prompts)
 
 
