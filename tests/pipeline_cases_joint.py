@@ -57,6 +57,40 @@ def _ltx_vae() -> Any:
     )  # fmt: skip
 
 
+def _ltx2_vae() -> Any:
+    return diffusers.AutoencoderKLLTX2Video(
+        latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 16, 32),
+        layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1),
+        spatial_compression_ratio=32, temporal_compression_ratio=8,
+    )  # fmt: skip
+
+
+def _ltx2_audio_vae() -> Any:
+    return diffusers.AutoencoderKLLTX2Audio(
+        base_channels=8, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=2, mel_bins=16
+    )
+
+
+def _connectors() -> Any:
+    from diffusers.pipelines.ltx2 import LTX2TextConnectors
+
+    return LTX2TextConnectors(
+        caption_channels=32, text_proj_in_factor=1, video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=16, video_connector_num_layers=1,
+        video_connector_num_learnable_registers=8, audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=16, audio_connector_num_layers=1, audio_connector_num_learnable_registers=8,
+    ).eval()  # fmt: skip
+
+
+def _vocoder() -> Any:
+    from diffusers.pipelines.ltx2 import LTX2Vocoder
+
+    return LTX2Vocoder(
+        in_channels=32, hidden_channels=8, upsample_kernel_sizes=[4, 4], upsample_factors=[2, 2],
+        resnet_kernel_sizes=[3], resnet_dilations=[[1]],
+    ).eval()  # fmt: skip
+
+
 _LTX_SHIFT = {
     "use_dynamic_shifting": True, "base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95,
     "max_shift": 2.05, "shift_terminal": 0.1,
@@ -67,6 +101,11 @@ def _guider() -> Any:
     return diffusers.ClassifierFreeGuidance(guidance_scale=2.0)
 
 
+# The graphs are of the plain network: no second and third pass without attention between video and audio, or in blocks.
+_LTX2_PLAIN = {
+    "audio_guidance_scale": 2.0, "stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0,
+    "audio_modality_scale": 1.0, "spatio_temporal_guidance_blocks": None,
+}  # fmt: skip
 _ONE_BRANCH = {"guidance_scale": 6.0, "pooled_prompt_embeds": partial(_noise, 1, 16), **_MASKS}
 CASES = {
     case.name: case
@@ -83,5 +122,8 @@ CASES = {
                    "prompt_embeds_mask_2": _mask(3), "negative_prompt_embeds_mask_2": _mask(1)}),
         Case("Mochi", "Mochi", "MochiPipeline", _mochi_vae, partial(_flow, invert_sigmas=True), call=_MASKS),
         Case("LTX-Video", "LTX-Video", "LTXPipeline", _ltx_vae, partial(_flow, **_LTX_SHIFT), call=_MASKS),
+        Case("LTX-2", "LTX-2", "LTX2Pipeline", _ltx2_vae, partial(_flow, **_LTX_SHIFT),
+             parts={"audio_vae": _ltx2_audio_vae, "connectors": _connectors, "vocoder": _vocoder},
+             call={**_MASKS, **_LTX2_PLAIN}),
     )
 }  # fmt: skip

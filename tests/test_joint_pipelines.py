@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import vdq_export
 from tests import pipelines
 from tests.pipeline_cases_joint import CASES
 from vdq_export.metrics import sqnr_db
-from vdq_export.model import Model, first_tensor
+from vdq_export.model import Model
 from vdq_export.sources import resolve
 from vdq_export.trace import float_error, trace
 from vdq_export.verify import count_kernels
@@ -34,17 +35,26 @@ def test_a_bundle_stands_in_for_the_network(name: str, tmp_path: Path) -> None:
     assert kernels.planned == kernels.executed > 10
     assert failures == []
     with vdq_export.load(tmp_path / "bundle") as network:
-        actual = np.stack([network(**inputs, return_dict=False)[0].numpy() for inputs in steps])
+        actual = np.stack([row(network(**inputs, return_dict=False)) for inputs in steps])
         assert sqnr_db(expected, actual) >= 30
         pipelines.swap(pipe, network)
         assert float_video.sqnr_db(pipelines.play(pipe, case)) >= 25  # steps and guidance add up what a call loses
 
 
 def same_as_diffusers(network: Any, model: Model, steps: list[dict[str, torch.Tensor]]) -> Any:
-    """The network's outputs, which the folder's model has too."""
-    fixed = model.module.forward.keywords if hasattr(model.module.forward, "keywords") else {}
-    with torch.no_grad():
-        expected = np.stack([first_tensor(network(**inputs, **fixed)).numpy() for inputs in steps])
-    actual = np.stack([model(**inputs).numpy() for inputs in steps])
-    np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=1e-4)
-    return expected
+    """The network's outputs as rows, which the folder's model has too."""
+    fixed = getattr(model.module.forward, "keywords", {})
+    repeats = model.metadata["config"].get("repeats", {})
+    expected, actual = [], []
+    for inputs in steps:
+        with torch.no_grad():
+            given = {**inputs, **fixed, **{name: inputs[other] for name, other in repeats.items()}}
+            expected.append(row(network(**given, return_dict=False)))
+        actual.append(row([model(**inputs)]))
+    np.testing.assert_allclose(np.stack(actual), np.stack(expected), atol=1e-5, rtol=1e-4)
+    return np.stack(expected)
+
+
+def row(outputs: Iterable[torch.Tensor]) -> Any:
+    """One output after the other."""
+    return torch.cat([one.flatten() for one in outputs]).numpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vdq_export.sources.families._family import Config, Family, Input, Published, Size, Tiny, text_and_mask
+from vdq_export.sources.families._family import Config, Family, Input, Published, Size, Tiny, even_sigmas, text_and_mask
 
 EMBEDDED_GUIDANCE = 6.0  # the pipeline's guidance_scale; the network is told 1000 times that
 
@@ -24,6 +24,7 @@ FAMILY = Family(
     pipelines=("HunyuanVideoPipeline",),
     video=(129, 720, 1280),
     guidance=1.0,  # one branch: guidance is an input
+    sigmas=even_sigmas,
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 7.0},
     inputs=_inputs,
     published=(Published("HunyuanVideo", {}, 12.821e9, 547),),

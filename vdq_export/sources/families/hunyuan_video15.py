@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 
-from vdq_export.sources.families._family import Config, Family, Input, Published, Size, Tiny, mask, text_and_mask
+from vdq_export.sources.families._family import (
+    Config,
+    Family,
+    Input,
+    Published,
+    Size,
+    Tiny,
+    even_sigmas,
+    mask,
+    text_and_mask,
+)
 
 SECOND_TOKENS = 256  # of ByT5, whatever the first encoder's number
 IMAGE_TOKENS = 729  # of the image encoder
@@ -112,6 +122,7 @@ FAMILY = Family(
     guidance=6.0,
     text_tokens=1000,
     spatial=16,
+    sigmas=even_sigmas,
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 5.0},
     inputs=_inputs,
     fixed=_fixed,

@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-from vdq_export.sources.families._family import Config, Family, Input, Published, Size, Tiny, mask, text_width
+from vdq_export.sources.families._family import (
+    Config,
+    Family,
+    Input,
+    Published,
+    Size,
+    Tiny,
+    even_sigmas,
+    mask,
+    text_width,
+)
 
 FRAME_RATE = 24.0  # frames a second that positions are computed for, the pipeline's default
 
@@ -69,9 +79,24 @@ def _positions(config: Config, size: Size) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def _forward(original: Callable[..., Any], *, timestep: torch.Tensor, **inputs: Any) -> torch.Tensor:
+def _forward(
+    original: Callable[..., Any],
+    hidden_states: torch.Tensor,
+    audio_hidden_states: torch.Tensor,
+    encoder_hidden_states: torch.Tensor,
+    audio_encoder_hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    encoder_attention_mask: torch.Tensor | None = None,
+    audio_encoder_attention_mask: torch.Tensor | None = None,
+    **fixed: Any,
+) -> torch.Tensor:
     """Both predictions, one after the other in one row [B, video + audio]; sigma is what the timestep is."""
-    predicted = original(**{**inputs, "timestep": timestep, "sigma": timestep, "return_dict": False})
+    predicted = original(
+        hidden_states=hidden_states, audio_hidden_states=audio_hidden_states,
+        encoder_hidden_states=encoder_hidden_states, audio_encoder_hidden_states=audio_encoder_hidden_states,
+        encoder_attention_mask=encoder_attention_mask, audio_encoder_attention_mask=audio_encoder_attention_mask,
+        timestep=timestep, sigma=timestep, return_dict=False, **fixed,
+    )  # fmt: skip
     return torch.cat([one.flatten(1) for one in predicted], dim=1)
 
 
@@ -96,6 +121,7 @@ FAMILY = Family(
     temporal=8,
     spatial=32,
     layout="tokens",
+    sigmas=even_sigmas,
     scheduler={
         "_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "base_image_seq_len": 1024,
         "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1,

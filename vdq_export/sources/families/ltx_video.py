@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vdq_export.sources.families._family import Config, Family, Published, Size, Tiny, text_and_mask
+from vdq_export.sources.families._family import Config, Family, Published, Size, Tiny, even_sigmas, text_and_mask
 
 FRAME_RATE = 25.0  # frames a second that the rotary embedding is scaled for, the pipeline's default
 
@@ -25,6 +25,7 @@ FAMILY = Family(
     temporal=8,
     spatial=32,
     layout="tokens",
+    sigmas=even_sigmas,
     scheduler={
         "_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "base_image_seq_len": 1024,
         "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1,

@@ -68,6 +68,13 @@ def _prepare(network: torch.nn.Module) -> None:
         block.attn1.processor = _MaskedAttention()
 
 
+def _sigmas(steps: int) -> list[float]:
+    """A straight line to 1 - 0.025, then a parabola, as the pipeline has it."""
+    from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+
+    return [float(one) for one in linear_quadratic_schedule(steps, 0.025)]
+
+
 FAMILY = Family(
     name="Mochi",
     class_name="MochiTransformer3DModel",
@@ -76,6 +83,7 @@ FAMILY = Family(
     steps=64,
     guidance=4.5,
     temporal=6,
+    sigmas=_sigmas,
     scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True},
     inputs=text_and_mask,
     prepare=_prepare,
