@@ -5,6 +5,7 @@
 
 A shape that was unknown because it depended on a constant (as of NonZero of a fixed mask) is inferred anew, which may
 make more constants. Exact: onnxruntime computes the values once, at export, with the kernels it would use at run time.
+What several blocks compute alike, as their rotary tables, is computed once, and their constants hold one array.
 Transposed weights are left to the `linear` pass, which makes views of them instead of copies; nothing above LIMIT_BYTES
 is made, and nothing of weights that are not bound yet.
 """
@@ -19,6 +20,7 @@ import onnx
 from vdq_export import ort
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Array, Graph, Node, Value, is_constant, is_unbound
+from vdq_export.passes._alike import alike
 
 NAME = "fold_constants"
 AFTER: tuple[str, ...] = ()
@@ -41,7 +43,10 @@ def _fold(graph: Graph, report: PassReport) -> None:
     frontier = [o for n in foldable for o in n.outputs if any(id(r) not in inside for r in o.outputs)]
     if not frontier:
         return
-    values = _evaluate(graph, [o.name for o in frontier])
+    numbers = alike(foldable)
+    first = {numbers[id(o)]: o.name for o in reversed(frontier)}
+    found = _evaluate(graph, list(first.values()))
+    values = {o.name: found[first[numbers[id(o)]]] for o in frontier}
     for output in frontier:
         readers = [r for r in output.outputs if id(r) not in inside]
         constant = graph.constant(graph.fresh(f"{output.name}.value"), values[output.name])
@@ -117,7 +122,9 @@ def _is_weight_transpose(node: Node) -> bool:
     if node.op != "Transpose" or not is_constant(node.inputs[0]):
         return False
     weight = node.inputs[0]
-    return len(weight.shape) == 2 and not np.issubdtype(weight.dtype, np.integer)
+    if len(weight.shape) != 2 or np.issubdtype(weight.dtype, np.integer):
+        return False
+    return any(reader.op in ("MatMul", "Gemm", "Cast") for reader in node.outputs[0].outputs)  # else a table
 
 
 def _evaluate(graph: Graph, names: list[str]) -> dict[str, Array]:
