@@ -109,7 +109,7 @@ def _sized(options: Options, held: Recorded) -> Options:
 
 def _facts(network: Network, call: _shapes.Call) -> dict[str, Any]:
     """What a bundle's manifest says about the model."""
-    several = {name.replace("hidden_states", "sample"): list(shape) for name, shape in call.latents.items()}
+    several = [{"name": n.replace("hidden_states", "sample"), "shape": list(s)} for n, s in call.latents.items()]
     return {
         "class": network.class_name,
         "frames": call.size.frames,
