@@ -39,7 +39,11 @@ class Dit(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.enter, self.words, self.leave = torch.nn.Linear(8, WIDTH), torch.nn.Linear(16, WIDTH), torch.nn.Linear(WIDTH, 8)
+        self.enter, self.words, self.leave = (
+            torch.nn.Linear(8, WIDTH),
+            torch.nn.Linear(16, WIDTH),
+            torch.nn.Linear(WIDTH, 8),
+        )
         self.time = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.SiLU(), torch.nn.Linear(WIDTH, WIDTH))
         self.layer = torch.nn.ModuleList(_Block() for _ in range(2))
 
@@ -87,7 +91,7 @@ def export(path: Path, network: torch.nn.Module | None = None, **settings: Any) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            (network or Dit()).eval(), tuple(given.values()), str(path), input_names=list(given), output_names=["noise"],
-            verbose=False, **arguments,
+            (network or Dit()).eval(), tuple(given.values()), str(path), input_names=list(given),
+            output_names=["noise"], verbose=False, **arguments,
         )  # fmt: skip
     return path

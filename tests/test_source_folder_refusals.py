@@ -1,15 +1,9 @@
-"""Folders that cannot be read: each through the command, exit code 2 and one line that names file and remedy.
-
-One process loads the libraries and forks for each case, so that each is a process of its own and none waits for them.
-"""
+"""Folders that cannot be read: each through the command, exit code 2 and one line that names file and remedy."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,31 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import diffusers_folders as folders
-from tests.commands import ENVIRONMENT, assert_one_line
+from tests import text_encoders
+from tests.commands import assert_one_line
+from tests.refusals import Case, ask
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="cases are forks")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-_FORKS = """
-import json, os, sys, torch, diffusers.models.transformers
-from diffusers import WanTransformer3DModel
-import vdq_export.compiler, vdq_export.commands.export
-from vdq_export.cli import main
-for number, arguments in enumerate(json.load(sys.stdin)):
-    child = os.fork()
-    if child == 0:
-        for fd, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{number}.{name}", os.O_CREAT | os.O_WRONLY), fd)
-        sys.argv = ["vdq-export", *arguments]
-        try:
-            main()
-        except SystemExit as stop:  # the libraries' own ends are not made for forks
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(stop.code)
-        os._exit(70)
-    open(f"{number}.code", "w").write(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
-"""
 
 
 def reshaped(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -89,9 +65,29 @@ def embeddings(**held: torch.Tensor) -> Callable[[Path], None]:
     return make
 
 
+def prompts(text: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        folders.transformer("Wan", folder)
+        (folder / "prompts.txt").write_text(text)
+
+    return make
+
+
+def encoder(edit: Callable[[Path], object]) -> Callable[[Path], None]:
+    """A pipeline whose text encoder's folder is changed."""
+
+    def make(folder: Path) -> None:
+        folders.pipeline("Wan", folder)
+        text_encoders.add(folder, text_encoders.t5(folder), "WanPipeline")
+        (folder / "prompts.txt").write_text("a cat\n")
+        edit(folder / "text_encoder")
+
+    return make
+
+
 BIAS = "blocks.0.attn1.to_q.bias"
 UNIPC = "UniPCMultistepScheduler"
-CASES: dict[str, tuple[Callable[[Path], object], list[str], tuple[str, ...]]] = {
+CASES: dict[str, Case] = {
     "no pipeline": (empty, [], ("no diffusers folder", "model_index.json", "save_pretrained")),
     "missing shard": (
         partial(transformer, edit=remove_shard, max_shard_size="40KB"), [], ("00002-of-00009", "is missing", INDEX),
@@ -115,7 +111,9 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], tuple[str, ...]]] = 
     "pickled transformer": (lambda f: pickled_alone(f), [], (".bin", "can run code", ".safetensors")),
     "unknown class": (config(_class_name="Wan3Transformer3DModel"), [], ("config.json", "WanTransformer3DModel")),
     "image class": (config(_class_name="FluxTransformer2DModel"), [], ("config.json", "Transformer3DModel")),
-    "remote code": (config(auto_map={"AutoModel": "code.Model"}), [], ("config.json", "never run")),
+    "remote code": (
+        config(auto_map={"AutoModel": "code.Model"}), [], ("config.json", "code.py", "not run", "--allow-remote-code"),
+    ),
     "quantized": (config(quantization_config={"bits": 4}), [], ("config.json", "unquantized")),
     "settings that cannot be": (config(num_layers="two"), [], ("config.json", "cannot be built")),
     "unreadable JSON": (
@@ -142,11 +140,11 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], tuple[str, ...]]] = 
     ),
     "frames": (partial(folders.transformer, "Wan"), ["--frames", "6"], ("6 frames", "4k + 1", "5 or 9")),
     "height": (partial(folders.transformer, "Wan"), ["--height", "40"], ("height of 40", "of 16", "32 or 48")),
-    "width": (partial(folders.transformer, "LTX-Video"), ["--width", "40"], ("width of 40", "multiples of 32", "32 or 64")),
-    "no default size": (partial(folders.transformer, "SkyReelsV2"), [], ("--frames, --height and --width",)),
-    "unknown argument": (partial(folders.transformer, "HunyuanVideo"), [], ("'pooled_projections'", "known:")),
+    "width": (
+        partial(folders.transformer, "LTX-Video"), ["--width", "40"], ("width of 40", "multiples of 32", "32 or 64"),
+    ),
     "image to video": (
-        lambda f: folders.wan_with(f, in_channels=36, out_channels=16), [], ("36", "16", "text-to-video"),
+        lambda f: folders.wan_with(f, in_channels=30, out_channels=16), [], ("30", "16", "more than text"),
     ),
     "embeddings of another width": (
         embeddings(prompt_embeds=torch.ones(1, 4, 31)), ["--prompt-embeds", "model/text.st"], ("31 wide", "32"),
@@ -166,6 +164,33 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str], tuple[str, ...]]] = 
     "trajectories and steps": (
         partial(folders.transformer, "Wan"), ["--trajectories", ".", "--steps", "4"], ("--steps", "exclude"),
     ),
+    "one expert's guidance": (
+        partial(folders.transformer, "Wan"), ["--guidance-2", "3"], ("one transformer", "--guidance-2"),
+    ),
+    "option of files": (partial(folders.transformer, "Wan"), ["--timestep-input", "t"], ("--timestep-input", ".onnx")),
+    "prompts without an encoder": (prompts("a cat"), ["--prompts", "model/prompts.txt"], ("no text encoder",)),
+    "no prompts": (prompts("# none"), ["--prompts", "model/prompts.txt"], ("prompts.txt", "holds no prompt")),
+    "pickled encoder": (
+        encoder(lambda f: shutil.move(f / "model.safetensors", f / "pytorch_model.bin")), [],
+        ("pytorch_model.bin", "can run code", ".safetensors"),
+    ),
+    "encoder without its tokenizer": (
+        encoder(lambda f: shutil.rmtree(f.parent / "tokenizer")), ["--prompts", "model/prompts.txt"],
+        ("tokenizer is missing", "--prompt-embeds"),
+    ),
+    "encoder cut short": (encoder(lambda f: (f / "model.safetensors").write_bytes(b"x" * 9)), [], ("text_encoder",)),
+    "code of the pipeline": (
+        encoder(lambda f: folders.edit_json(f.parent / "model_index.json", _class_name=["mine", "Pipe"])), [],
+        ("model_index.json", "mine.py", "not run", "--allow-remote-code"),
+    ),
+    "code of the encoder": (
+        encoder(lambda f: folders.edit_json(f.parent / "model_index.json", text_encoder=["mine", "Encoder"])), [],
+        ("model_index.json", "mine.py", "not run"),
+    ),
+    "recording nothing": (partial(folders.transformer, "Wan"), ["COMMAND=record"], ("--prompts", "--prompt-embeds")),
+    "recording without an encoder": (
+        prompts("a cat"), ["COMMAND=record", "--prompts", "model/prompts.txt"], ("no text encoder", "--prompt-embeds"),
+    ),
     "options of another source": (empty, ["--frames", "5", "MODEL=sample:digits"], ("sample:digits", "--frames")),
 }  # fmt: skip
 
@@ -177,25 +202,7 @@ def pickled_alone(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, str]]:
-    """Case -> (exit code, stdout, stderr) of the command, run in the folder beside "model"."""
-    root = tmp_path_factory.mktemp("refusals")
-    arguments = []
-    for number, (make, options, _) in enumerate(CASES.values()):
-        home = root / str(number)
-        home.mkdir()
-        make(home / "model")
-        model = next((one.removeprefix("MODEL=") for one in options if one.startswith("MODEL=")), f"{number}/model")
-        own = [
-            f"{number}/{one}" if one.startswith("model/") else one for one in options if not one.startswith("MODEL=")
-        ]
-        arguments.append([model, *own, "--out", f"{number}/bundle", "-q"])
-    forks = [sys.executable, "-c", _FORKS]
-    subprocess.run(forks, input=json.dumps(arguments), text=True, cwd=root, env=ENVIRONMENT, check=True, timeout=100)
-    assert not list(root.glob("*/bundle*"))  # nothing is written, not even half
-    read = [
-        [(root / f"{number}.{part}").read_text() for part in ("code", "out", "err")] for number in range(len(CASES))
-    ]
-    return {case: (int(code), out, err) for case, (code, out, err) in zip(CASES, read, strict=True)}
+    return ask(tmp_path_factory.mktemp("refusals"), CASES)
 
 
 @pytest.mark.parametrize("case", CASES)

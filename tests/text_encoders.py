@@ -38,11 +38,21 @@ def llama_and_clip(folder: Path, pooled: int = 16) -> dict[str, list[str]]:
 
     torch.manual_seed(2)
     language = transformers.LlamaConfig(
-        vocab_size=80, hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, pad_token_id=0
+        vocab_size=80,
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        pad_token_id=0,
     )
     transformers.LlamaModel(language).save_pretrained(folder / "text_encoder")
     clip = transformers.CLIPTextConfig(
-        vocab_size=80, hidden_size=pooled, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, eos_token_id=1
+        vocab_size=80,
+        hidden_size=pooled,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=1,
     )
     transformers.CLIPTextModel(clip).save_pretrained(folder / "text_encoder_2")
     words = {one: i for i, one in enumerate(["<pad>", "</s>", "<unk>", *LETTERS])}

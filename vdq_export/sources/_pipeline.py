@@ -53,7 +53,9 @@ class Pipeline:
         return ratio * self.horizon
 
     def encode(self, prompts: Sequence[str], negative: str) -> list[_text.Prompt]:
-        """Prompts by the folder's own text encoders. Raises as _text.encode()."""
+        """Prompts by the folder's own text encoders. Raises as _text.encode(), and ModelError without any."""
+        if not _text.parts(self.index or {}):
+            raise ModelError(f"{self.folder} has no text encoder", hint="give --prompt-embeds or --trajectories")
         first = self.networks[0]
         pipelines, tokens = families.of(first.class_name).pipelines, first.config.get("max_text_seq_length")
         return _text.encode(self.folder, self.index or {}, pipelines, prompts, negative, tokens)

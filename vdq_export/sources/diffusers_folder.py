@@ -154,9 +154,7 @@ def _prompts(pipeline: Pipeline, options: Options) -> _Prompts:
     words = list(_text.PROMPTS) if options.prompts is None else _text.read_prompts(Path(options.prompts))
     parts = _text.parts(pipeline.index or {})
     asked = (options.prompts or options.negative_prompt) is not None
-    if not parts:
-        if asked:
-            raise ModelError(f"{pipeline.folder} has no text encoder", hint="give --prompt-embeds or --trajectories")
+    if not parts and not asked:
         return _Prompts([], notes=(f"no text encoder, --prompt-embeds or --trajectories: {_embeddings.RANDOM_NOTE}",))
     missing = next((name for name in parts if not (pipeline.folder / name).is_dir()), None)
     if missing is not None and not asked:
