@@ -2,6 +2,9 @@
 
 The graph runs in ORT with the observed values as extra outputs. Where those together exceed `limit` bytes a call, they
 are spread over several sessions that share the weights. Statistics are updated call by call; no activation is kept.
+
+Every operator runs as it stands: which values are asked for, and in what split, then changes no bit of any. Graphs
+whose weights do not fit in memory go through blocks.py, which gives the same record.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 import onnx
-import torch
 
 from vdq_export import ort, work_store
 from vdq_export.calib.constant_inputs import Constancy, in_all
@@ -28,6 +30,7 @@ from vdq_export.engine import Engine
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array, Graph, is_constant
 from vdq_export.model import Model, Step, Trajectory
+from vdq_export.segments import feed
 from vdq_export.work_store import WorkStore
 
 Progress = Callable[[int, int | None], None]  # calls done, calls in all where that is known
@@ -103,7 +106,7 @@ class Job:
                 for one in (w for w in self.watched if w.name in session.names):
                     value = found[one.name] if one.name in found else feeds[one.name]
                     seen.update(one, slot, np.asarray(value, np.float32), self.rows)
-            _check_outputs(found, self._sessions[-1].final, slot)
+            check_outputs(found, self._sessions[-1].final, slot)
             seen.calls += 1
             tick()
         seen.constant = [constancy.names]
@@ -164,7 +167,7 @@ class _Kept:
             seen = Seen.from_bytes(state)
         except msgspec.MsgspecError:
             return None
-        return (seen, link) if self.runs.chain(seen.trajectories, self._identity) == link else None
+        return (seen, link) if self.runs.chain(self._identity, seen.trajectories) == link else None
 
 
 def _observe_here(job: Job, kept: _Kept, progress: Progress | None) -> None:
@@ -244,7 +247,7 @@ class _Session:
         # Without prepacking, sessions of one graph use the very arrays they are handed: weights exist once.
         options = {"session.disable_prepacking": "1"}
         try:
-            self.session = ort.session(graph, outputs=self.inner, threads=threads, options=options)
+            self.session = ort.session(graph, outputs=self.inner, threads=threads, options=options, exact=True)
         except Exception as error:  # onnxruntime raises classes of its own, without a common public base
             raise CalibrationError(f"onnxruntime cannot run the float graph: {error}") from error
         outputs = {o.name for o in self.session.get_outputs()}
@@ -279,18 +282,11 @@ def step_feeds(step: Step, types: Mapping[str, str], slot: Slot) -> dict[str, Ar
         raise CalibrationError(
             f"the trajectory has no input {', '.join(missing)} at {slot}", hint=f"it has {', '.join(extra)}"
         )
-    return {name: _array(step["inputs"][name], types[name]) for name in types}
+    return {name: feed(step["inputs"][name], types[name]) for name in types}
 
 
-def _array(tensor: torch.Tensor, ort_type: str) -> Array:
-    name = ort_type.removeprefix("tensor(").removesuffix(")")
-    dtype = {"float": "float32", "double": "float64"}.get(name, name)
-    plain = tensor.detach().cpu()
-    # numpy knows no bfloat16
-    return np.ascontiguousarray((plain.float() if plain.dtype == torch.bfloat16 else plain).numpy(), dtype=dtype)
-
-
-def _check_outputs(found: Mapping[str, Array], final: Sequence[str], slot: Slot) -> None:
+def check_outputs(found: Mapping[str, Array], final: Sequence[str], slot: Slot) -> None:
+    """Raises CalibrationError for NaN or Inf in the outputs `final` of the graph."""
     for name in final:
         if found[name].dtype.kind == "f" and not np.isfinite(found[name]).all():
             raise CalibrationError(
