@@ -27,7 +27,7 @@ from vdq_export.calib.trajectories import Runs, digest
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array, Graph
 from vdq_export.model import Model, Trajectory
-from vdq_export.segments import BUDGET, CPU, Running, Segment
+from vdq_export.segments import BUDGET, CPU, Running, Segment, SegmentedNetwork
 from vdq_export.work_store import WorkStore
 
 Progress = Callable[[int, int | None], None]
@@ -60,6 +60,22 @@ class _Sample:
 def is_too_large(graph: Graph, share: float = SHARE) -> bool:
     """Whether the float weights of `graph` exceed this share of the memory that is free now."""
     return segments.weight_bytes(graph) > share * psutil.virtual_memory().available
+
+
+def calibrate(
+    graph: Graph, model: Model, store: WorkStore | None, *, progress: Progress | None = None
+) -> CalibrationRecord:
+    """observe_blocks(); trajectories that a network makes which does not fit either are made by its segments.
+
+    Raises CalibrationError without a `store`, and as observe_blocks() does.
+    """
+    if store is None:
+        raise CalibrationError(
+            "calibrating segment by segment needs room on disk for what crosses", hint="give --work DIR"
+        )
+    if is_too_large(graph) and hasattr(model.trajectories, "network"):
+        model.trajectories.network = SegmentedNetwork(graph, store=store)
+    return observe_blocks(graph, model, store, progress=progress)
 
 
 def observe_blocks(

@@ -14,7 +14,7 @@ from vdq_export import hand_off, hoisting, hoisting_parts, pipeline, sources, ta
 from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter
-from vdq_export.calib import learned
+from vdq_export.calib import blocks, learned
 from vdq_export.calib.bins import Tsw, check_count
 from vdq_export.calib.draft import Network, draft
 from vdq_export.calib.observe import observe
@@ -52,6 +52,7 @@ class _Settings:
     tsw: Tsw | None  # None: the recipe's
     optimal_bins: bool = False
     hoist: bool = True
+    by_blocks: bool | None = None
     calibration: Path | None = None
     save_calibration: Path | None = None
     workers: int = os.cpu_count() or 1
@@ -115,7 +116,8 @@ def make_plan(
 
     activations: their bits, by default the target's, or the recipe's where the target has none of its own; "mixed":
     8 in linears and 16 between them, on targets that leave no operator in float.
-    choices: optimal_bins; hoist: let what no step changes leave the graphs (docs/hoisting.md); calibration: a saved
+    choices: optimal_bins; hoist: let what no step changes leave the graphs (docs/hoisting.md); by_blocks: calibrate
+    one segment of the network at a time, by default where its weights do not fit in memory; calibration: a saved
     record to use instead of running the model; save_calibration; workers: processes that solve layers; work: an
     engine and a store of finished work instead; traced: {expert, "" for the only network: its graph} if there are any
     already (they are edited); dump; reporter.
@@ -206,7 +208,7 @@ def _plan_network(
         graph = settings.traced[expert] if expert in settings.traced else trace(model)
     reports = pipeline.run_passes(graph, pipeline.canonical(spec.name), PassContext(spec=spec), dump=dump)
     recipe = learned.adapted(recipe, model.learned)
-    record = _record(graph, model, expert, settings)
+    record = _record(graph, model, expert, recipe, settings)
     probe = None if recipe.schedule.cache is None else learn(graph, model, store=settings.store)
     constant = record.constant_inputs if model.prompt_inputs is None else model.prompt_inputs
     roles = hoisting.roles(model.example_inputs, model.timestep_input, constant)
@@ -279,13 +281,18 @@ def _bin_count(tsw: int | str) -> Tsw:
     return chosen
 
 
-def _record(graph: Graph, model: Model, expert: str, settings: _Settings) -> CalibrationRecord:
+def _record(graph: Graph, model: Model, expert: str, recipe: Recipe, settings: _Settings) -> CalibrationRecord:
     """Saved or made now; with experts each has a file of its own, "NAME.EXPERT.safetensors"."""
     saved = record_path(settings.calibration, expert)
     if saved is not None:
         return CalibrationRecord.load(saved)  # draft() checks whose it is
+    if not recipe.needs_data:
+        return CalibrationRecord.empty(graph, model)
     with settings.reporter.stage(f"calibrate {expert}".strip()) as advance:
-        record = observe(graph, model, progress=advance, engine=settings.engine, store=settings.store)
+        if blocks.is_too_large(graph) if settings.by_blocks is None else settings.by_blocks:
+            record = blocks.calibrate(graph, model, settings.store, progress=advance)
+        else:
+            record = observe(graph, model, progress=advance, engine=settings.engine, store=settings.store)
     if (place := record_path(settings.save_calibration, expert)) is not None:
         record.save(place)
     return record

@@ -125,6 +125,11 @@ planning = together(
     click.option("--budget", metavar="TEXT", help="Search bits per layer: size=4.2bit, bops=32 or quality=35dB."),
     click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the recipe that the search found here."),
     click.option("--workers", type=click.IntRange(min=1), help="Processes of the engine; by default one a core."),
+    click.option(
+        "--by-blocks/--at-once",
+        default=None,
+        help="Calibrate one segment of the network at a time, or all of it (default: as memory allows).",
+    ),
     click.option("--calibration", type=click.Path(path_type=Path), help="Reuse this calibration record."),
     click.option("--save-calibration", type=click.Path(path_type=Path), help="Keep the calibration record here."),
     click.option(
