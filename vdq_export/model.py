@@ -185,7 +185,7 @@ class Model:
     def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The network's output tensor, without gradients. Raises ModelError for weights that do not fit in memory."""
         with torch.no_grad():
-            return first_tensor(self.module(**inputs))
+            return first_tensor(self.materialized()(**inputs))
 
 
 class _StepsOf:
