@@ -25,6 +25,7 @@ from vdq_export.calib.transform import Transform
 from vdq_export.errors import CalibrationError, RecipeError
 from vdq_export.graph import Graph, Linear
 from vdq_export.plan import Bin, HoistedPart, LayerPlan, QuantPlan, Rotation
+from vdq_export.promise import Values
 from vdq_export.recipe import Recipe
 from vdq_export.target_spec import TargetSpec
 
@@ -225,7 +226,7 @@ def _group(record: CalibrationRecord, name: str, members: Sequence[Linear], base
     return smoothing.Group(
         value=record.value(name),
         names=tuple(m.name for m in members),
-        weights=tuple(m.weight.values for m in members),
+        weights=Values(m.weight._values for m in members),
         grid=base.activation,
         format=base.weight,
     )

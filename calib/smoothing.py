@@ -64,7 +64,7 @@ class Group:
 
     value: ValueRecord
     names: tuple[str, ...]
-    weights: tuple[Array, ...]  # [K, N] each
+    weights: Sequence[Array]  # [K, N] each
     grid: Grid
     format: WeightFormat
 

@@ -97,6 +97,19 @@ class Arrays(MutableMapping[str, Array]):
         return len(self.held)
 
 
+class Values(Sequence[Array]):
+    """What several constants hold, computed at each access where they are promises."""
+
+    def __init__(self, held: Iterable[Any]) -> None:
+        self._held = list(held)
+
+    def __getitem__(self, index: Any) -> Any:
+        return read(self._held[index])
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
 def read(held: Any) -> Array:
     """The values of what a constant holds."""
     values: Array = held.load() if isinstance(held, Lazy) else held
