@@ -45,17 +45,47 @@ def test_a_wrong_configuration_is_seen() -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_family_is_called_as_its_network_wants(name: str) -> None:
-    """The network of the tiny configuration, called with what its configuration says."""
+    """The network of the tiny configuration, called with what its configuration says, predicts what it was given."""
     family, tiny = tiny_of(name)
     made: Any = network(family, tiny)
-    size = (4, 8, 8) if name == "Latte" else (3, 8, 8)
-    inputs, fixed = families.example_inputs(family, made.config, size, text_tokens=8)
+    if family.prepare is not None:
+        family.prepare(made)
+    size = family.size(tiny.video, tiny.tokens)
+    inputs, fixed = families.example_inputs(family, made.config, (size.t, size.h, size.w), tiny.tokens)
     with torch.no_grad():
         output = first_tensor(made(**inputs, **fixed))
     assert torch.isfinite(output).all()
-    channels = made.config.out_channels or made.config.in_channels
-    layouts = {"CTHW": (channels, *size), "TCHW": (size[0], channels, *size[1:]), "tokens": (prod(size), channels)}
-    assert tuple(output.shape) == (1, *layouts[family.layout])
+    shape = list(inputs["hidden_states"].shape)
+    if family.also is not None:
+        further = family.also(made.config, size).values()
+        assert output.shape == (1, prod(shape) + sum(prod(one) for one in further))
+    elif family.hidden_states is None:
+        shape[family.channel_axis] = made.config.get("out_channels") or shape[family.channel_axis]
+        assert list(output.shape) == shape
+
+
+MASKED = [name for name in TINY if tiny_of(name)[0].prepare is not None]
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_prepared_networks_predict_what_diffusers_does(name: str) -> None:
+    """For prompts of every length: what decides shapes in diffusers' forward is data of ours."""
+    family, tiny = tiny_of(name)
+    theirs, ours = network(family, tiny), network(family, tiny)
+    assert family.prepare is not None
+    family.prepare(ours)
+    config: Any = theirs.config
+    size = family.size(tiny.video, tiny.tokens)
+    for kept in (8, 5, 1):
+        inputs, fixed = families.example_inputs(family, config, (size.t, size.h, size.w), tiny.tokens)
+        for mask in (tensor for key, tensor in inputs.items() if "mask" in key):
+            mask[:, kept:] = 0
+        repeated = {argument: inputs[other] for argument, other in family.repeats.items()}
+        with torch.no_grad():
+            expected = theirs(**inputs, **fixed, **repeated, return_dict=False)
+            actual = first_tensor(ours(**inputs, **fixed))
+        whole = torch.cat([one.flatten(1) for one in expected], dim=1)
+        torch.testing.assert_close(actual.flatten(1), whole, atol=2e-6, rtol=1e-5)
 
 
 def test_a_family_is_one_file() -> None:

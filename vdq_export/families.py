@@ -147,7 +147,7 @@ def _other(class_name: str, kind: type[torch.nn.Module]) -> Support:
 def example_inputs(
     family: Family, config: Mapping[str, Any], size: tuple[int, int, int], text_tokens: int | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(inputs by name, arguments that no step changes) of a network of `family` with this configuration.
+    """(inputs by name, arguments that no step changes) of a prepared network of `family` with this configuration.
 
     size: (T, H, W) of the latent. Inputs are random, but for timestep 500 and what a prompt does not say. Raises
     ModelError for a configuration that does not say how wide the text is.
@@ -155,9 +155,10 @@ def example_inputs(
     t, h, w = size
     frames = (t - 1) * family.temporal + 1 if family.first_alone else t * family.temporal
     whole = family.size((frames, h * family.spatial, w * family.spatial), text_tokens)
-    inputs = {
-        "hidden_states": torch.randn(family.latent(config, whole)),
-        "timestep": torch.tensor([500 if family.integer_time else 500.0]),
-    }
+    noise = {"hidden_states": family.latent(config, whole), **(family.also(config, whole) if family.also else {})}
+    inputs = {name: torch.randn(shape) for name, shape in noise.items()}
+    times = None if family.times is None else family.times(config, whole)
+    times = torch.ones(1) if times is None else times
+    inputs["timestep"] = (500 * times).to(torch.int64 if family.integer_time else torch.float32)
     inputs |= {name: one.make() for name, one in family.inputs(config, whole).items()}
     return inputs, family.fixed(config, whole)
