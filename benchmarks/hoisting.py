@@ -1,110 +1,96 @@
-"""What leaves the graph of a step: models at their published configurations, traced without weights, cut in parts.
+"""What leaves the graph of a step: every published model of the registry, traced without weights and cut in parts.
 
-Nothing is run: shares follow from the graphs. Weights count as float32, as traced. Prompts are as long as published,
-the latents of HunyuanVideo and Wan small: shares of weights do not depend on that, those of operations fall as the clip
-grows.
+Nothing is run: shares follow from the graphs. Weights count as float32, as traced. Prompts are as long as published;
+latents are small (a family's smallest video in the tests): shares of weights do not depend on that, those of operations
+fall as the clip grows.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import resource
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import diffusers.models.transformers as transformers
 import torch
 
 from benchmarks import common
-from vdq_export import hoisting, pipeline
+from vdq_export import families, hoisting, pipeline
 from vdq_export.contract import PassContext
+from vdq_export.sources.families import Family, Published
 from vdq_export.trace_weightless import trace_weightless
 
-Inputs = dict[str, torch.Tensor]
 PARTS = ("prompt", "step", "mixed", "body")
+ONE_SIZE = ("CogVideoX", "Latte")  # their position embeddings are weights of the published size
+_DEPTHS = ("num_layers", "num_single_layers", "num_refiner_layers")
 
 
-def _inputs(latent: tuple[int, ...], prompt: tuple[int, ...], **more: torch.Tensor) -> Inputs:
-    named = {"hidden_states": torch.zeros(latent), "timestep": torch.zeros(1)}
-    return {**named, "encoder_hidden_states": torch.zeros(prompt), **more}
-
-
-def wan(layers: int, heads: int, ffn: int) -> torch.nn.Module:
-    made: torch.nn.Module = transformers.WanTransformer3DModel(
-        num_layers=layers, num_attention_heads=heads, attention_head_dim=128, ffn_dim=ffn, in_channels=16,
-        out_channels=16, patch_size=(1, 2, 2), text_dim=4096, freq_dim=256, cross_attn_norm=True, rope_max_seq_len=1024,
-    )  # fmt: skip
-    return made
-
-
-def hunyuan_video(dual: int, single: int) -> torch.nn.Module:
-    made: torch.nn.Module = transformers.HunyuanVideoTransformer3DModel(
-        num_layers=dual, num_single_layers=single, num_refiner_layers=2, in_channels=16, out_channels=16,
-        num_attention_heads=24, attention_head_dim=128, mlp_ratio=4.0, patch_size=2, patch_size_t=1,
-        text_embed_dim=4096, pooled_projection_dim=768, guidance_embeds=True, rope_theta=256.0,
-        rope_axes_dim=(16, 56, 56),
-    )  # fmt: skip
-    return made
-
-
-def cogvideox(layers: int) -> torch.nn.Module:
-    made: torch.nn.Module = transformers.CogVideoXTransformer3DModel(
-        num_layers=layers, num_attention_heads=30, attention_head_dim=64, in_channels=16, out_channels=16, patch_size=2,
-        sample_frames=49, sample_height=60, sample_width=90, text_embed_dim=4096, max_text_seq_length=226,
-        time_embed_dim=512,
-    )  # fmt: skip
-    return made
-
-
-# Model -> (its constructor, given 1 for one block of each kind; the inputs, the latents first).
-MODELS: dict[str, tuple[Callable[[int | None], torch.nn.Module], Inputs]] = {
-    "HunyuanVideo": (
-        lambda blocks: hunyuan_video(blocks or 20, blocks or 40),
-        _inputs(
-            (1, 16, 5, 32, 48), (1, 256, 4096), encoder_attention_mask=torch.ones(1, 256, dtype=torch.int64),
-            pooled_projections=torch.zeros(1, 768), guidance=torch.zeros(1),
-        ),
-    ),
-    "CogVideoX-2b": (
-        lambda blocks: cogvideox(blocks or 30),
-        _inputs((1, 13, 16, 60, 90), (1, 226, 4096), timestep=torch.zeros(1, dtype=torch.int64)),
-    ),
-    "Wan2.1-1.3B": (lambda blocks: wan(blocks or 30, 12, 8960), _inputs((1, 16, 2, 32, 32), (1, 512, 4096))),
-}  # fmt: skip
+def models() -> dict[str, tuple[Family, Published]]:
+    """Published name -> its family and settings; of families with a configuration in the tests."""
+    return {one.name: (family, one) for family in families.FAMILIES if family.tiny for one in family.published}
 
 
 def measured(settings: dict[str, Any]) -> dict[str, Any]:
-    """Parts of one model: work of each, values that cross, seconds and peak memory of the process."""
-    make, inputs = MODELS[settings["model"]]
+    """Parts of one model: work of each, values that cross, seconds and peak memory of the process.
+
+    small: one block of each kind.
+    """
+    family, published = models()[settings["model"]]
+    kind: Any = family.network_class()
+    config = _config(kind, {**published.settings, **(dict.fromkeys(_DEPTHS, 1) if settings["small"] else {})})
+    video = family.video if family.name in ONE_SIZE and family.video else family.tiny[0].video
+    size = family.size(video, family.text_tokens)
+    inputs = {"hidden_states": torch.zeros(family.latent(config, size))}
+    inputs |= {name: torch.zeros(shape) for name, shape in (family.also(config, size) if family.also else {}).items()}
+    latents = set(inputs)
+    weights = family.times(config, size) if family.times else torch.ones(1)
+    inputs["timestep"] = (500 * weights).to(torch.int64 if family.integer_time else torch.float32)
+    inputs |= {name: one.make() for name, one in family.inputs(config, size).items()}
+
+    def make() -> torch.nn.Module:
+        module: Any = kind(**config)
+        if family.prepare is not None:
+            family.prepare(module)
+        module.forward = partial(module.forward, **family.fixed(config, size))
+        return module
+
     begin = time.perf_counter()
-    graph = trace_weightless(lambda: make(1 if settings["small"] else None), inputs, name=settings["model"])
+    graph = trace_weightless(make, inputs, name=settings["model"])
     pipeline.run_passes(graph, pipeline.CANONICAL, PassContext())
     traced = time.perf_counter()
-    early: dict[str, hoisting.Role] = dict.fromkeys(inputs, "prompt")
-    hoisted = hoisting.split(graph, {**early, "hidden_states": "latents", "timestep": "timestep"})
+    hoisted = hoisting.split(graph, hoisting.roles(inputs, "timestep", inputs.keys() - latents))
     work = {name: hoisting.work(part) for name, part in hoisted.parts().items()}
     return {
         "seconds": {"trace": traced - begin, "split": time.perf_counter() - traced},
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "weight_bytes": {name: one.weight_bytes for name, one in work.items()},
         "multiply_adds": {name: one.multiply_adds for name, one in work.items()},
+        "whole": {"multiply_adds": hoisted.whole.multiply_adds, "weight_bytes": hoisted.whole.weight_bytes},
         "nodes": {name: one.nodes for name, one in work.items()},
         "crossing_bytes": [one.nbytes for one in hoisted.crossings],
     }
 
 
+def _config(kind: Any, chosen: dict[str, Any]) -> dict[str, Any]:
+    """The class's own defaults under the chosen settings that it has."""
+    parameters = inspect.signature(kind).parameters.values()
+    defaults = {one.name: one.default for one in parameters if one.default is not one.empty}
+    return defaults | {name: value for name, value in chosen.items() if name in defaults}
+
+
 def run(arguments: argparse.Namespace) -> None:
     data = {
         name: common.in_child("hoisting", "measured", {"model": name, "small": arguments.small}, arguments.threads)
-        for name in MODELS
+        for name in arguments.models or models()
     }
     heads = ["model", "weights GB", *(f"{part} %" for part in PARTS), "multiply-adds saved %", "values cross", "MB"]
     rows = []
     for name, one in data.items():
         weights, adds = one["weight_bytes"], one["multiply_adds"]
         shares = [f"{100 * weights.get(part, 0) / sum(weights.values()):.1f}" for part in PARTS]
-        saved = f"{100 * (adds.get('prompt', 0) + adds.get('step', 0)) / sum(adds.values()):.1f}"
+        saved = f"{100 * (1 - (adds['body'] + adds.get('mixed', 0)) / one['whole']['multiply_adds']):.1f}"
         crossing = one["crossing_bytes"]
         rows.append(
             [name, f"{sum(weights.values()) / 1e9:.1f}", *shares, saved,
@@ -115,8 +101,15 @@ def run(arguments: argparse.Namespace) -> None:
         "export, `mixed` once a video and step, `body` at every step. Saved: what a step no longer does (`prompt`, "
         "`step`), of what it did."
     )
-    common.write("hoisting", "What leaves the graph of a step", [("", heads, rows)], data, notes, small=arguments.small)
+    partial_run = bool(arguments.small or arguments.models)
+    common.write("hoisting", "What leaves the graph of a step", [("", heads, rows)], data, notes, small=partial_run)
+
+
+def parse() -> argparse.ArgumentParser:
+    made = common.parser(__doc__)
+    made.add_argument("--models", nargs="*", help="published names (default: all); results of some go to build/")
+    return made
 
 
 if __name__ == "__main__":
-    common.main(common.parser(__doc__), run, {"measured": measured})
+    common.main(parse(), run, {"measured": measured})

@@ -14,9 +14,9 @@ from vdq_export.graph import Graph
 RECIPE = "static-asq"
 
 
-def export_bundle(prepared: wan.Prepared, bins: int, out: Path | None = None) -> Path:
+def export_bundle(prepared: wan.Prepared, bins: int, out: Path | None = None, *, hoist: bool = True) -> Path:
     """The bundle of `prepared` with `bins` timestep bins; made unless it exists (at `out`: always)."""
-    place = out or prepared.bundle(bins)
+    place = out or prepared.bundle(bins, hoist=hoist)
     if out is None and place.exists():
         return place
     with BundleWriter(place, force=out is not None) as writer:
@@ -25,7 +25,13 @@ def export_bundle(prepared: wan.Prepared, bins: int, out: Path | None = None) ->
         # The graph is traced already, so the module is never called.
         stand_in = wan.model(prepared.shape, torch.nn.Identity())
         planned = make_plan(
-            stand_in, target="ort-int8", tsw=bins, recipe=RECIPE, traced={"": graph}, calibration=prepared.record
+            stand_in,
+            target="ort-int8",
+            tsw=bins,
+            recipe=RECIPE,
+            hoist=hoist,
+            traced={"": graph},
+            calibration=prepared.record,
         )
         finish(planned, writer)
     return place

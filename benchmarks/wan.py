@@ -90,8 +90,8 @@ class Prepared:
     def held_out(self) -> Path:
         return self.folder / "held_out.npz"
 
-    def bundle(self, bins: int) -> Path:
-        return self.folder / f"bundle.tsw{bins}"
+    def bundle(self, bins: int, *, hoist: bool = True) -> Path:
+        return self.folder / f"bundle.tsw{bins}{'' if hoist else '.whole'}"
 
 
 def build(shape: Shape) -> torch.nn.Module:

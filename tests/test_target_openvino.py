@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from tests import hoisted_bundle, tiny_model
+from tests.bin_feeds import bin_feeds
 from tests.openvino_models import CASES, Case, case_input, double_weights, expected, run_without_vnni, sqnr_of
 from vdq_export import openvino_runtime, ort, targets
 from vdq_export.bundle import Bundle
@@ -26,6 +27,7 @@ from vdq_export.lint import lint_graphs
 from vdq_export.metrics import sqnr_db
 from vdq_export.model import Model, first_tensor
 from vdq_export.recipe import load as load_recipe
+from vdq_export.runtime import load
 from vdq_export.samples import digits
 from vdq_export.verify import count_kernels
 from vdq_export.verify_openvino import MAX_DROP_DB, compare
@@ -74,7 +76,7 @@ def test_every_graph_of_tiny_runs_in_integers_as_onnxruntime_computes(tiny_bundl
 
 def test_every_graph_of_digits_runs_in_integers_as_onnxruntime_computes(digits_bundle: Bundle, sample: Model) -> None:
     results = compare(digits_bundle, sample, calls=2)
-    assert [(one.bin, one.planned, one.in_float) for one in results] == [("bin00", 60, ()), ("bin01", 60, ())]
+    assert [(one.bin, one.planned, one.in_float) for one in results] == [("bin00", 48, ()), ("bin01", 48, ())]
     assert all(abs(one.drop_db) <= MAX_DROP_DB and one.accepted for one in results), results
 
 
@@ -92,8 +94,7 @@ def test_saturation_without_vnni_is_caught_and_avoided(digits_bundle: Bundle, sa
     double_weights(Graph.load(graph)).save(doubled)
     step = next(iter(sample.iter_trajectories()))[-1]
     assert digits_bundle.schedule.select(step["t"], step["branch"]) == 1
-    names = [one.name for one in digits_bundle.manifest.signature.inputs]
-    feeds = {name: step["inputs"][name].numpy() for name in names}
+    feeds = bin_feeds(digits_bundle, 1, step)
     with torch.no_grad():
         exact = first_tensor(sample.module(**step["inputs"])).numpy()
     reference = ort.run(Graph.load(graph), feeds, options={"session.disable_quant_qdq": "1"})["sample"]
@@ -148,21 +149,43 @@ def test_settings_travel_in_the_bundle(tiny_bundle: Bundle) -> None:
         openvino_runtime.compile_graph(tiny_bundle.path / graph, told["settings"])
 
 
-def test_the_documented_code_runs_the_bundle(
-    tiny_bundle: Bundle, tiny_feeds: Mapping[str, Any], tmp_path: Path
-) -> None:
-    """docs/handoff-openvino.md, as printed: the right graph at each timestep, two held, compiled ones cached."""
+def documented(folder: Path, **settings: Any) -> Any:
+    """The host of docs/handoff-openvino.md, as printed, on a bundle."""
     text = (Path(__file__).parents[1] / "docs" / "handoff-openvino.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     exec(text.split("```python\n")[1].split("```")[0], names)
-    transformer = names["Transformer"](tiny_bundle.path, cache=tmp_path)
-    edge = tiny_bundle.schedule.bins[0].when.t[0]
-    for t in (1000.0, edge, np.nextafter(edge, 0), 20.0, 1000.0):
-        graph = tiny_bundle.graph_path(tiny_bundle.schedule.select(float(t)))
-        exact = openvino_runtime.run(openvino_runtime.compile_graph(graph), tiny_feeds, "sample")
-        np.testing.assert_array_equal(transformer(t, **tiny_feeds), exact)
+    return names["Transformer"](folder, **settings)
+
+
+def test_the_documented_code_runs_the_bundle(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """The right graph at each timestep, two held, compiled ones cached."""
+    transformer = documented(tiny_bundle.path, cache=tmp_path)
+    for t in (1000.0, 800.0, 120.0, 20.0, 1000.0):
+        inputs = {name: one.numpy() for name, one in tiny_model.inputs(11, t).items()}
+        index = tiny_bundle.schedule.select(t)
+        feeds = bin_feeds(tiny_bundle, index, {"t": t, "branch": "any", "inputs": tiny_model.inputs(11, t)})
+        exact = openvino_runtime.run(openvino_runtime.compile_graph(tiny_bundle.graph_path(index)), feeds, "sample")
+        np.testing.assert_array_equal(transformer(t, **inputs), exact)
     assert len(transformer.compiled) == 2
     assert list(tmp_path.iterdir())
+    edge = tiny_bundle.schedule.bins[0].when.t[0]
+    assert [transformer._bin(t) for t in (2000.0, edge, np.nextafter(edge, 0), -1.0)] == [0, 0, 1, 1]
+
+
+def test_the_documented_code_runs_what_left_the_graphs(tmp_path: Path) -> None:
+    """Prompts once, rows of tables, the step graph for other timesteps, values of both; of two experts."""
+    made = hoisted_bundle.write(tmp_path / "parts")
+    (made.path / "handoff").mkdir()
+    told = {"settings": openvino_runtime.SETTINGS}
+    (made.path / "handoff/openvino.json").write_text(json.dumps(told), encoding="utf-8")
+    transformer, given = documented(made.path), [hoisted_bundle.inputs(seed=seed) for seed in range(2)]
+    with load(made.path, threads=1) as runtime:
+        for t in (1000.0, 875.0, 640.0, 375.0, 33.0):
+            for inputs in given:
+                found = transformer(t, timestep=np.array([t], np.float32), **inputs)
+                np.testing.assert_allclose(found, runtime(timestep=t, **inputs).sample, rtol=1e-5, atol=1e-5)
+    assert len(transformer.prompts) == 4
+    assert set(transformer.ahead) == {path for one in made.schedule.hoisted for path in one.graphs}
 
 
 def test_sixteen_bits_are_refused(tiny: Model, traced: Graph, folder: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import vdq_export
+from tests.bin_feeds import bin_feeds
 from tests.commands import MODEL, assert_one_line, command
 from vdq_export import ort, recipe, targets
 from vdq_export.bundle import Bundle
@@ -64,8 +65,8 @@ def test_the_graph_still_computes_the_model(exported: Path, tiny: Model) -> None
     with torch.no_grad():
         wanted = tiny.module(**step["inputs"], return_dict=False)[0].numpy()
     bundle = Bundle.open(exported)
-    graph = Graph.load(bundle.graph_path(bundle.schedule.select(step["t"], step["branch"])))
-    [found] = ort.run(graph, {v.name: step["inputs"][v.name].numpy() for v in graph.gs.inputs}, exact=True).values()
+    index = bundle.schedule.select(step["t"], step["branch"])
+    [found] = ort.run(Graph.load(bundle.graph_path(index)), bin_feeds(bundle, index, step), exact=True).values()
     noise = float(np.square(found - wanted).sum() / np.square(wanted).sum())
     assert 10 * np.log10(1 / noise) > 40
 
@@ -82,7 +83,7 @@ def test_weights_are_stored_once(exported: Path) -> None:
     """Two bins: the second one's graph adds its own scales, not its own weights."""
     bundle = Bundle.open(exported)
     weights = sum(e.size for e in bundle.manifest.files if e.path.endswith("weights.bin"))
-    own = [size for x in bundle.plan.layers if (size := x.shape[0] * x.shape[1]) >= INLINE_BYTES]
+    own = [size for x in bundle.plan.layers if x.quantized and (size := x.shape[0] * x.shape[1]) >= INLINE_BYTES]
     assert sum(own) <= weights < 1.5 * sum(own)
 
 
@@ -101,7 +102,7 @@ def test_bits_from_the_command(tmp_path: Path) -> None:
 def test_mixed_bits(tiny: Model, tmp_path: Path) -> None:
     """Linears in 8 bits, with the layers that the recipe keeps in float elsewhere and all between them in 16."""
     plan = vdq_export.export(tiny, target="qnn", tsw=1, activations="mixed", out=tmp_path / "b").plan
-    bits = {layer.name: layer.activation_bits for layer in plan.layers}
+    bits = {layer.name: layer.activation_bits for layer in plan.of_bins().layers}
     assert {name for name, own in bits.items() if own == 16} == {
         name for name in bits if not name.startswith("blocks.")
     }

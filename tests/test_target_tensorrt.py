@@ -18,6 +18,7 @@ from onnx.reference import ReferenceEvaluator
 
 from tests import tensorrt_cases as cases
 from tests import tiny_model
+from tests.bin_feeds import bin_feeds
 from vdq_export import number_grid, ort, targets
 from vdq_export.calib import dynamic, formats, weight_ranges
 from vdq_export.calib.ranges import Grid, affine, fake_quantize
@@ -246,9 +247,8 @@ def test_export(recipe: str, isa: str, tiny: Model, traced: Graph, record: Path,
     assert {n.inputs[0].dtype for n in given_over.nodes if n.op == "QuantizeLinear"} <= {
         np.dtype("float16"), number_grid.numpy_type("bfloat16"), onnx.TensorProto.BFLOAT16,
     }  # fmt: skip
-    names = {i.name for i in verified.gs.inputs}
     for step in steps[:2]:
-        feeds = {n: v.numpy() for n, v in step["inputs"].items() if n in names}
+        feeds = bin_feeds(bundle, 0, step)
         exact = tiny(**step["inputs"]).numpy()
         found = next(iter(ort.run(verified, feeds, options=OPTIONS).values()))
         assert error_db(exact, found) > 25
