@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.pipelines import ltx2
 
 from tests.pipelines import Case
 
@@ -27,38 +28,47 @@ def _noise(*arguments: Any) -> torch.Tensor:
 _MASKS = {"prompt_attention_mask": _mask(6), "negative_prompt_attention_mask": _mask(2)}
 
 
+def _made(name: str, **settings: Any) -> Any:
+    """A component, of a class of diffusers or of LTX-2's pipeline."""
+    return getattr(diffusers if hasattr(diffusers, name) else ltx2, name)(**settings)
+
+
 def _flow(**settings: Any) -> Any:
-    return diffusers.FlowMatchEulerDiscreteScheduler(**settings)
+    return _made("FlowMatchEulerDiscreteScheduler", **settings)
 
 
 def _hunyuan_vae() -> Any:
-    return diffusers.AutoencoderKLHunyuanVideo(
-        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=2
+    return _made(
+        "AutoencoderKLHunyuanVideo",
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
     )
 
 
 def _hunyuan15_vae() -> Any:
-    return diffusers.AutoencoderKLHunyuanVideo15(
-        latent_channels=4, block_out_channels=(16, 16, 16, 16, 16), layers_per_block=1
+    return _made(
+        "AutoencoderKLHunyuanVideo15", latent_channels=4, block_out_channels=(16, 16, 16, 16, 16), layers_per_block=1
     )
 
 
 def _mochi_vae() -> Any:
-    return diffusers.AutoencoderKLMochi(
+    return _made("AutoencoderKLMochi", 
         latent_channels=4, encoder_block_out_channels=(32, 32, 32, 32), decoder_block_out_channels=(32, 32, 32, 32),
         layers_per_block=(1, 1, 1, 1, 1), latents_mean=None, latents_std=None,
     )  # fmt: skip
 
 
 def _ltx_vae() -> Any:
-    return diffusers.AutoencoderKLLTXVideo(
+    return _made("AutoencoderKLLTXVideo", 
         latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
         layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1),
     )  # fmt: skip
 
 
 def _ltx2_vae() -> Any:
-    return diffusers.AutoencoderKLLTX2Video(
+    return _made("AutoencoderKLLTX2Video", 
         latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 16, 32),
         layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1),
         spatial_compression_ratio=32, temporal_compression_ratio=8,
@@ -66,29 +76,27 @@ def _ltx2_vae() -> Any:
 
 
 def _ltx2_audio_vae() -> Any:
-    return diffusers.AutoencoderKLLTX2Audio(
-        base_channels=8, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=2, mel_bins=16
+    return _made(
+        "AutoencoderKLLTX2Audio", base_channels=8, ch_mult=(1, 1, 1), num_res_blocks=1, latent_channels=2, mel_bins=16
     )
 
 
 def _connectors() -> Any:
-    from diffusers.pipelines.ltx2 import LTX2TextConnectors
-
-    return LTX2TextConnectors(
+    return _made(
+        "LTX2TextConnectors",
         caption_channels=32, text_proj_in_factor=1, video_connector_num_attention_heads=2,
         video_connector_attention_head_dim=16, video_connector_num_layers=1,
         video_connector_num_learnable_registers=8, audio_connector_num_attention_heads=2,
         audio_connector_attention_head_dim=16, audio_connector_num_layers=1, audio_connector_num_learnable_registers=8,
-    ).eval()  # fmt: skip
+    )  # fmt: skip
 
 
 def _vocoder() -> Any:
-    from diffusers.pipelines.ltx2 import LTX2Vocoder
-
-    return LTX2Vocoder(
+    return _made(
+        "LTX2Vocoder",
         in_channels=32, hidden_channels=8, upsample_kernel_sizes=[4, 4], upsample_factors=[2, 2],
         resnet_kernel_sizes=[3], resnet_dilations=[[1]],
-    ).eval()  # fmt: skip
+    )  # fmt: skip
 
 
 _LTX_SHIFT = {
@@ -98,7 +106,7 @@ _LTX_SHIFT = {
 
 
 def _guider() -> Any:
-    return diffusers.ClassifierFreeGuidance(guidance_scale=2.0)
+    return _made("ClassifierFreeGuidance", guidance_scale=2.0)
 
 
 # The graphs are of the plain network: no second and third pass without attention between video and audio, or in blocks.

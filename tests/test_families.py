@@ -57,7 +57,7 @@ def test_every_family_is_called_as_its_network_wants(name: str) -> None:
     assert torch.isfinite(output).all()
     shape = list(inputs["hidden_states"].shape)
     if family.also is not None:
-        further = family.also(made.config, size).values()
+        further = list(family.also(made.config, size).values())
         assert output.shape == (1, prod(shape) + sum(prod(one) for one in further))
     elif family.hidden_states is None:
         shape[family.channel_axis] = made.config.get("out_channels") or shape[family.channel_axis]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import click
 import msgspec
 from rich.console import Console
@@ -47,13 +49,18 @@ def targets_command(name: str | None, as_json: bool) -> None:
 @click.command("families")
 @machine_readable
 def families_command(as_json: bool) -> None:
-    """List the video transformers of the installed diffusers and what is known of each."""
+    """List the video transformers of the installed diffusers: how each is supported, and what was tried."""
     known = families.support()
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(known)).decode())
         return
-    table = Table("family", "class in diffusers", "support", "tried", "detail", "published", box=None)
+    console = Console(soft_wrap=True, highlight=False)
     for one in known:
-        tried = "yes" if one.tried else "no"
-        table.add_row(one.name, one.class_name, one.support, tried, one.detail, ", ".join(one.published))
-    Console().print(table)
+        tried = ", exported in the tests" if one.tried else ""
+        console.print(f"[bold]{one.name}[/bold]  {one.class_name}: {one.support}{tried}")
+        lines = (one.detail, f"published: {', '.join(one.published)}", f"in {', '.join(one.pipelines)}")
+        given = (bool(one.detail), bool(one.published), bool(one.pipelines))
+        for line in (line for line, is_given in zip(lines, given, strict=True) if is_given):
+            console.print(f"    {line}")
+    counted = Counter(one.support for one in known)
+    console.print(", ".join(f"{count} {support}" for support, count in counted.items()))

@@ -105,7 +105,7 @@ def _unpatched(network: Any, tokens: torch.Tensor, like: torch.Tensor) -> torch.
 
 def _prepare(network: torch.nn.Module) -> None:
     config: Any = network.config
-    network.forward = partial(_forward, network, _text_only(config))  # type: ignore[method-assign]
+    network.forward = partial(_forward, network, _text_only(config))
 
 
 _TINY = {

@@ -41,7 +41,7 @@ def _widths(config: Config) -> tuple[int, int]:
 
 def _audio_frames(config: Config, size: Size) -> int:
     """Latents of sound that lasts as long as the video."""
-    rate = config["audio_sampling_rate"] / config["audio_hop_length"] / config["audio_scale_factor"]
+    rate: float = config["audio_sampling_rate"] / config["audio_hop_length"] / config["audio_scale_factor"]
     return round(size.frames / FRAME_RATE * rate)
 
 
@@ -101,7 +101,7 @@ def _forward(
 
 
 def _prepare(network: torch.nn.Module) -> None:
-    network.forward = partial(_forward, network.forward)  # type: ignore[method-assign]
+    network.forward = partial(_forward, network.forward)
 
 
 _TINY = {

@@ -48,7 +48,7 @@ class _MaskedAttention:
 
 def _heads(attn: Any, x: torch.Tensor, norm: Any, tables: Any = None) -> torch.Tensor:
     """[B, S, heads·D] -> [B, heads, S, D], normed; rotated where there are tables and a norm (queries and keys)."""
-    x = x.unflatten(2, (attn.heads, -1))
+    x = x.reshape(*x.shape[:2], attn.heads, -1)
     if norm is not None:
         x = norm(x)
         if tables is not None:
@@ -70,9 +70,10 @@ def _prepare(network: torch.nn.Module) -> None:
 
 def _sigmas(steps: int) -> list[float]:
     """A straight line to 1 - 0.025, then a parabola, as the pipeline has it."""
-    from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+    from diffusers.pipelines.mochi import pipeline_mochi
 
-    return [float(one) for one in linear_quadratic_schedule(steps, 0.025)]
+    schedule: Any = pipeline_mochi.linear_quadratic_schedule
+    return [float(one) for one in schedule(steps, 0.025)]
 
 
 FAMILY = Family(
