@@ -52,6 +52,11 @@ def load(spec: str, options: Options) -> Model:
     facts = _facts(first, call)
     if held is not None:
         return _from_recorded(pipeline, call, held, {"config": facts, "notes": notes})
+    if moving := sorted(name for name, one in call.inputs.items() if one.changes):
+        raise ModelError(
+            f"{spec}: {first.class_name} takes {moving[0]!r}, which changes along the steps as only its pipeline knows",
+            hint="record its calls there (docs/bring-your-model.md) and give --trajectories",
+        )
     guidance, call = _guidance(pipeline, call, options)
     prompts = found.prompts or _embeddings.random(call)
     if call.beside is not None and not any(_embeddings.IMAGE in one["cond"] for one in prompts):
@@ -85,7 +90,8 @@ def _model(
     weights: dict[str, Any] = (
         {} if one is None else {"checkpoint": one.checkpoint, "make": one.make, "learned": one.learned}
     )
-    steady = tuple(name for name in example if name not in ("timestep", *call.latents))
+    moving = {"timestep", *call.latents, *(name for name, one in call.inputs.items() if one.changes)}
+    steady = tuple(name for name in example if name not in moving)
     return Model(module, example, trajectories, metadata=metadata, prompt_inputs=steady, **weights)
 
 
