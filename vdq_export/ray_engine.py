@@ -6,6 +6,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, redirect_stdout
 from types import TracebackType
 from typing import Any
 
@@ -33,24 +34,27 @@ class Ray:
             import ray
         except ImportError as error:
             raise MissingToolError("--engine ray needs Ray", hint="pip install 'vdq-export[ray]'") from error
-        self._ray = ray
-        self._ours = not ray.is_initialized()
-        self._local = False
-        if self._ours:
-            self._connect(address, workers)
-        environment = {**ONE_THREAD, "RAY_USAGE_STATS_ENABLED": "0"}
-        if self._local:  # a cluster of this machine finds what this process finds
-            environment["PYTHONPATH"] = os.pathsep.join(one for one in sys.path if one)
-        self._remote = ray.remote(num_cpus=1, max_retries=RETRIES, runtime_env={"env_vars": environment})(_call)
+        self._ray, self._address, self._workers = ray, address, workers
+        self._stack = ExitStack()
+        self._remote: Any = None
 
     def __enter__(self) -> Ray:
+        with ExitStack() as stack:
+            stack.enter_context(redirect_stdout(sys.stderr))  # where Ray's words about lost processes belong
+            environment = {**ONE_THREAD, "RAY_USAGE_STATS_ENABLED": "0"}
+            if not self._ray.is_initialized():
+                stack.callback(self._ray.shutdown)
+                if self._connect():  # a cluster of this machine finds what this process finds
+                    environment["PYTHONPATH"] = os.pathsep.join(one for one in sys.path if one)
+            settings = {"num_cpus": 1, "max_retries": RETRIES, "runtime_env": {"env_vars": environment}}
+            self._remote = self._ray.remote(**settings)(_call)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._ours:
-            self._ray.shutdown()
+        self._stack.close()
 
     def in_order(
         self,
@@ -98,20 +102,22 @@ class Ray:
                 hint="fewer units at once need less memory; finished ones are kept",
             ) from error
 
-    def _connect(self, address: str, workers: int) -> None:
+    def _connect(self) -> bool:
+        """Whether a cluster was started for it."""
         settings: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
         try:
-            if address:
-                self._ray.init(address=address, **settings)
-                return
             try:
-                self._ray.init(address="auto", **settings)
+                self._ray.init(address=self._address or "auto", **settings)
+                return False
             except ConnectionError:
-                self._local = True
-                self._ray.init(address="local", num_cpus=workers, include_dashboard=False, **settings)
+                if self._address:
+                    raise
+                self._ray.init(address="local", num_cpus=self._workers, include_dashboard=False, **settings)
+                return True
         except (ConnectionError, OSError, RuntimeError, ValueError, ImportError) as error:
-            where = address or "on this machine"
-            raise EngineError(f"no Ray cluster {where}: {' '.join(str(error).split())}", hint="ray status") from error
+            where = f"at {self._address}" if self._address else "on this machine"
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise EngineError(f"no Ray cluster {where}: {why}", hint="`ray status` says what there is") from error
 
 
 _END = object()
