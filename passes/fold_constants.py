@@ -83,8 +83,12 @@ def _infer_shapes(graph: Graph) -> int:
         return 0
     proto, _ = graph.skeleton()
     proto.graph.ClearField("value_info")
+    for output in proto.graph.output:
+        if output.name in unknown:
+            output.type.tensor_type.ClearField("shape")
+    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     done = 0
-    for info in onnx.shape_inference.infer_shapes(proto, data_prop=True).graph.value_info:
+    for info in [*inferred.value_info, *inferred.output]:
         dims = info.type.tensor_type.shape.dim
         if (
             info.name in unknown

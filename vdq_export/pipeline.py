@@ -19,7 +19,9 @@ CANONICAL = (
     "no_ops",  # exporter leftovers would hide the patterns below
     "scatter",  # no ScatterND: SoC compilers refuse it and ORT moves it element by element
     "rms_norm",  # Div form: 16-bit Reciprocal is wrong on at least one SoC, and ORT fuses this form
-    "rotary",  # last: looks through the norm to the linear whose channels it reorders
+    "single_precision",  # doubles between two casts hide the patterns below, and no NPU has them
+    "rotary",  # looks through the norm to the linear whose channels it reorders
+    "rotary_pairs",  # last: the embeddings whose channels could not be reordered
 )
 FLOAT = (  # what a draft of the plan decides: weights are quantized, and layers compared, behind these
     "smoothing",  # before quantization: scales and ranges in the plan are those after smoothing

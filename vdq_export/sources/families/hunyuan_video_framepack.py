@@ -16,6 +16,7 @@ _IMAGE_TOKENS = 729  # SigLIP at 384 pixels
 def _inputs(config: Config, size: Size) -> dict[str, Input]:
     """HunyuanVideo's, the image's embeddings, and the latents [1, C, T', H, W] of each history."""
     made = HUNYUAN.inputs(config, size)
+    del made["encoder_attention_mask"]
     made["image_embeds"] = Input((1, _IMAGE_TOKENS, int(config["image_proj_dim"])))
     counts = {"clean": 1 + HISTORY["1x"], "history_2x": HISTORY["2x"], "history_4x": HISTORY["4x"]}
     for name, count in counts.items():
@@ -24,12 +25,16 @@ def _inputs(config: Config, size: Size) -> dict[str, Input]:
 
 
 def _fixed(config: Config, size: Size) -> dict[str, Any]:
-    """Where each frame is in time, sections made from first to last: the first frame, the histories, the section."""
+    """Where each frame is in time, sections made from first to last: the first frame, the histories, the section.
+
+    And the mask, for the network cuts off masked text, so that it decides on shapes: every token counts.
+    """
     counts = [1, *HISTORY.values(), size.t]
     first, coarse, middle, fine, section = torch.split(torch.arange(sum(counts)), counts)
     return {
         "indices_latents": section, "indices_latents_clean": torch.cat([first, fine]),
         "indices_latents_history_2x": middle, "indices_latents_history_4x": coarse,
+        "encoder_attention_mask": torch.ones(1, size.tokens, dtype=torch.int64),
     }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from vdq_export.sources.families._family import Config, Family, Size, Tiny, chan
 
 AUDIO_RATE = 25.0  # audio tokens a second
 _FRAME_RATE = 24.0
+HORIZON = 1000.0  # a timestep between 0 and this is given
 
 
 def _grid(config: Config, size: Size) -> tuple[int, int, int]:
@@ -47,14 +48,14 @@ def _fixed(config: Config, size: Size) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _times(config: Config, size: Size) -> torch.Tensor:
-    """The distinct timesteps, between 0 and 1: of text, video, audio."""
-    return torch.tensor([0.0, 0.001, 0.001])
+def _forward(original: Callable[..., Any], *, timestep: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Both predictions, one after the other in one row [B, video + audio].
 
-
-def _forward(original: Callable[..., Any], **inputs: Any) -> torch.Tensor:
-    """Both predictions, one after the other in one row [B, video + audio]."""
-    return torch.cat([one.flatten(1) for one in original(**{**inputs, "return_dict": False})], dim=1)
+    The network wants the distinct timesteps between 0 and 1, of text, video and audio; timestep [1] is of the last two.
+    """
+    times = torch.cat([0 * timestep, timestep, timestep]) / HORIZON
+    predicted = original(**{**inputs, "timestep": times, "return_dict": False})
+    return torch.cat([one.flatten(1) for one in predicted], dim=1)
 
 
 def _prepare(network: torch.nn.Module) -> None:
@@ -69,7 +70,6 @@ FAMILY = Family(
     hidden_states=_hidden_states,
     also=_also,
     fixed=_fixed,
-    times=_times,
     prepare=_prepare,
     tiny=(
         Tiny(
