@@ -170,8 +170,8 @@ print((process.memory_info().rss - before) / 2**20)
 
 
 def chain(path: Path) -> list[tuple[Array, Array]]:
-    """Write linears of 8-bit weights [WIDTH, WIDTH] in a row, as parts have them; (codes, scales) of each."""
-    random, nodes, constants, made, x = np.random.default_rng(0), [], [], [], "x"
+    """Write linears of 8-bit weights [WIDTH, WIDTH] in a row, in the order that parts have; (codes, scales) of each."""
+    random, weights, nodes, constants, made, x = np.random.default_rng(0), [], [], [], [], "x"
     for layer in range(LAYERS):
         codes = random.integers(-127, 128, (WIDTH, WIDTH), np.int8)
         scales = np.linspace(0.0003, 0.0006, WIDTH, dtype=np.float32)
@@ -179,15 +179,15 @@ def chain(path: Path) -> list[tuple[Array, Array]]:
             onnx.numpy_helper.from_array(codes, f"w{layer}"),
             onnx.numpy_helper.from_array(scales, f"s{layer}"),
         ]
+        weights.append(helper.make_node("DequantizeLinear", [f"w{layer}", f"s{layer}"], [f"d{layer}"], axis=1))
         nodes += [
-            helper.make_node("DequantizeLinear", [f"w{layer}", f"s{layer}"], [f"d{layer}"], axis=1),
             helper.make_node("MatMul", [x, f"d{layer}"], [f"y{layer}"]),
             helper.make_node("Tanh", [f"y{layer}"], [f"z{layer}"]),
         ]
         x = f"z{layer}"
         made.append((codes, scales))
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, WIDTH]) for name in ("x", x)]
-    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], constants)
+    graph = helper.make_graph([*weights, *nodes], "chain", ends[:1], ends[1:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.save_model(model, path, save_as_external_data=True, location="weights.bin", size_threshold=1024)
     return made

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 from safetensors.numpy import save_file
 
-from vdq_export import hoisting, pipeline
+from vdq_export import hoisting, pipeline, weight_order
 from vdq_export.bundle_writer import BundleWriter
 from vdq_export.contract import PassContext
 from vdq_export.graph import Graph
@@ -68,6 +68,7 @@ def _quantized(graph: Graph, part: Part) -> Graph:
     here = {linear.name for linear in quantized.linears()}
     mine = msgspec.structs.replace(plan, layers=tuple(one for one in plan.layers if one.name in here), values=())
     pipeline.run_passes(quantized, ("quantize_weights",), PassContext(mine, None, None, part.tensors))
+    weight_order.dequantize_late(quantized)
     return quantized
 
 

@@ -116,11 +116,10 @@ def _keep_mapped(settings: ort.SessionOptions) -> None:
 
     With its own settings onnxruntime makes integer weights of float inputs into MatMulNBits, which keeps two to three
     times their bytes in memory and rounds the inputs to 8 bits (1.5 % off). Below that level they stay
-    DequantizeLinear; nodes run in the file's order, in which each stands before its only reader (by default they all
-    run first); nothing that was freed is kept for later.
+    DequantizeLinear, which run one at a time in the order that the graphs are written in; nothing that was freed is
+    kept for later.
     """
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    settings.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     settings.enable_cpu_mem_arena = settings.enable_mem_pattern = False
     settings.add_session_config_entry("session.disable_prepacking", "1")
 
