@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,6 +26,7 @@ from vdq_export.graph import Graph
 from vdq_export.lint import lint_graphs
 from vdq_export.metrics import sqnr_db
 from vdq_export.model import Model
+from vdq_export.runtime.ahead import Ahead
 
 HEADS = ("family", "operators", "CPU nodes", "contexts", "lint errors", "compile s", "emulated dB", "ORT dB", "remark")
 STEPS = (0, 5)  # of the first trajectory: noisy and conditional, cleaner and unconditional
@@ -50,14 +52,14 @@ def measure(model: Model, folder: Path, arch: str = "v75") -> Measured:
     """
     from vdq_export.targets.qnn import hexagon  # needs onnxruntime-qnn
 
-    vdq_export.export(model, target="qnn", tsw=1, out=folder)
-    (path,) = sorted((folder / "graphs").glob("*.onnx"))
+    bundle = vdq_export.export(model, target="qnn", tsw=1, out=folder)
+    path = bundle.graph_path(0)
     graph = Graph.load(path)
     steps = [next(iter(model.iter_trajectories()))[index]["inputs"] for index in STEPS]
-    names = {value.name for value in graph.gs.inputs}
-    feeds = [{name: tensor.numpy() for name, tensor in step.items() if name in names} for step in steps]
     expected = np.stack([model(**step).numpy() for step in steps])
     cpu = ort.session(graph, exact=True)
+    with closing(Ahead(bundle)) as ahead:
+        feeds = [ahead.arrays(0, cpu, {name: one.numpy() for name, one in step.items()}) for step in steps]
     begun = time.perf_counter()
     htp = hexagon.emulator(path, arch, strict=False)
     compiled = time.perf_counter() - begun

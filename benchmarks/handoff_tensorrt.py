@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from vdq_export.bundle import Bundle
 from vdq_export.graph import Graph
 from vdq_export.metrics import sqnr_db
 from vdq_export.model import Model, Step
+from vdq_export.runtime.ahead import Ahead
 from vdq_export.targets._tensorrt_types import half
 
 HEADS = ("target, recipe", "consumer", "verdict", "consumer dB", "onnxruntime dB", "clip PSNR dB", "remark")
@@ -62,10 +64,10 @@ def _bin_db(bundle: Bundle, index: int, model: Model, steps: list[Step]) -> tupl
     narrow = verified.copy()
     half(narrow, "fp16")
     mine = [step["inputs"] for step in steps if bundle.schedule.select(step["t"], step["branch"]) == index]
-    names = {value.name for value in verified.gs.inputs}
-    feeds = [{name: value.numpy() for name, value in one.items() if name in names} for one in mine]
     exact = np.stack([model(**one).numpy() for one in mine])
     sessions = [ort.session(graph, options=bundle.manifest.session) for graph in (verified, narrow)]
+    with closing(Ahead(bundle)) as ahead:
+        feeds = [ahead.arrays(index, sessions[0], {name: one.numpy() for name, one in call.items()}) for call in mine]
     first, second = (sqnr_db(exact, np.stack([session.run(None, one)[0] for one in feeds])) for session in sessions)
     return first, second
 

@@ -81,7 +81,9 @@ def blocks(settings: dict[str, Any]) -> dict[str, Any]:
     feeds = {name: value.numpy() for name, value in next(iter(held_out))[0]["inputs"].items()}
     (reference,) = ort.run(graph, feeds).values()
     np.savez(folder / "call.npz", reference=reference, **feeds)
-    bundle = export(network, target="qnn", tsw=BINS, recipe=RECIPE, traced={"": graph}, out=folder / "bundle")
+    bundle = export(
+        network, target="qnn", tsw=BINS, recipe=RECIPE, hoist=False, traced={"": graph}, out=folder / "bundle"
+    )
     return {"shape": shape.title, "export_seconds": time.perf_counter() - start, "bundle_bytes": bundle.size}
 
 
@@ -165,7 +167,7 @@ def deep_export(settings: dict[str, Any]) -> dict[str, Any]:
         observe(graph, model, limit=3 * 2**30).save(record)
         del graph
         with BundleWriter(folder / "bundle") as writer:
-            made = {"tsw": 1, "recipe": RECIPE, "traced": {"": _traced(folder)}, "calibration": record, "workers": 1}
+            made = {"tsw": 1, "recipe": RECIPE, "hoist": False, "traced": {"": _traced(folder)}, "calibration": record}
             bundle = finish(make_plan(model, target="qnn", **made), writer)
     return {
         "shape": shape.title,
