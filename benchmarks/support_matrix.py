@@ -36,6 +36,7 @@ RECIPE, BINS = "static-minmax", 2
 MAX_ERROR, MIN_DB = 1e-4, 30.0
 HEADS = ("model", "pipeline", "torch error", "W8A8 dB", "integer kernels", "hoisted weights", "in pipeline dB", "s", "")
 CASES = {**pipeline_cases.CASES, **pipeline_cases_joint.CASES}
+TINY = {**families.FAMILIES, **families.OTHERS}
 Call = Mapping[str, Any]
 Answered = tuple[Call, np.ndarray[Any, Any]]
 
@@ -68,10 +69,8 @@ class Row:
 def in_pipeline(case: Case, folder: Path) -> Row:
     """Save, export and play one case. `folder` is empty."""
     began, pipe = time.monotonic(), build(case)
-    spec = case.spec(save(pipe, case, folder / "model"))
-    model = sources.resolve(spec)
-    error = float_error(model)
-    bundle = vdq_export.export(spec, target="ort-int8", tsw=BINS, recipe=RECIPE, out=folder / "bundle")
+    model = sources.resolve(case.spec(save(pipe, case, folder / "model")))
+    error, bundle = exported(model, folder / "bundle")
     with watched(pipe) as calls:
         expected = play(pipe, case)
     with vdq_export.load(bundle.path) as transformer:
@@ -83,13 +82,12 @@ def in_pipeline(case: Case, folder: Path) -> Row:
 
 
 def alone(name: str, folder: Path) -> Row:
-    """A tiny configuration without a pipeline here: its network by itself, on held-out calls."""
-    began, model = time.monotonic(), families.FAMILIES[name]()
+    """A tiny configuration without a pipeline here: its network by itself, on random calls it is calibrated with."""
+    began, model = time.monotonic(), TINY[name]()
     sensible(model.module)
-    error = float_error(model)
-    bundle = vdq_export.export(model, target="ort-int8", tsw=BINS, recipe=RECIPE, out=folder / "bundle")
-    held_out = [step["inputs"] for step in list(next(iter(families.FAMILIES[name]().iter_trajectories())))]
-    calls = [(call, model(**call).numpy()) for call in held_out]
+    error, bundle = exported(model, folder / "bundle")
+    steps = list(model.iter_trajectories())[-1]
+    calls = [(step["inputs"], model(**step["inputs"]).numpy()) for step in steps]
     with vdq_export.load(bundle.path) as transformer:
         db = network_db(calls, transformer)
     return measured(name, "", error, db, bundle, None, time.monotonic() - began)
@@ -106,9 +104,12 @@ def measured(
     return Row(name, pipeline, error, db, kernels.planned, kernels.executed, moved, pipeline_db, seconds)
 
 
-def float_error(model: Model) -> float:
-    """Largest difference of the traced graph and torch, over the largest output; of experts, the worst."""
-    return max(trace.float_error(trace.trace(network), network) for _, network in model.networks())
+def exported(model: Model, out: Path) -> tuple[float, Bundle]:
+    """(largest difference of the traced graph and torch, over the largest output, of experts the worst; the bundle)."""
+    networks = dict(model.networks())
+    traced = {expert: trace.trace(network) for expert, network in networks.items()}
+    error = max(trace.float_error(graph, networks[expert]) for expert, graph in traced.items())
+    return error, vdq_export.export(model, target="ort-int8", tsw=BINS, recipe=RECIPE, traced=traced, out=out)
 
 
 @contextmanager
@@ -135,11 +136,11 @@ def network_db(calls: Sequence[Answered], transformer: Any) -> float:
 
 
 def jobs() -> Iterator[tuple[str, Callable[[Path], Row]]]:
-    """Every case, then every tiny configuration that no case shows."""
+    """Every case, then every tiny configuration that no case shows, the best known families first."""
     for name, case in CASES.items():
         yield name, lambda folder, case=case: in_pipeline(case, folder)  # type: ignore[misc]
     shown = {case.tiny for case in CASES.values()}
-    for name in families.FAMILIES:
+    for name in TINY:
         if name not in shown:
             yield name, lambda folder, name=name: alone(name, folder)  # type: ignore[misc]
 

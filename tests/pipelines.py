@@ -149,10 +149,12 @@ def inputs(pipe: Any, case: Case, seed: int) -> dict[str, torch.Tensor]:
             uncond = first[name][:1] if batched else second[name][:1]
             if case.guidance > 1 and ("mask" in name or not torch.equal(uncond, cond)):
                 found[f"negative_{file.get(name, name)}"] = uncond.reshape(found[file.get(name, name)].shape)
-    beside = case.family.beside and case.family.beside(pipe.transformer.config, size)
-    if beside is not None:
-        axis = case.family.channel_axis
-        found["image_latents"] = first["hidden_states"][-1:].narrow(axis, -beside.shape[axis], beside.shape[axis])
+    config = {**case.settings, "pipeline": case.pipeline, **pipe.transformer.config}
+    beside = case.family.beside and case.family.beside(config, size)
+    if beside is not None:  # further channels, or the first frame
+        seen, axis = first["hidden_states"][-1:], case.family.channel_axis
+        alike = beside.shape[axis] == seen.shape[axis]
+        found["image_latents"] = seen[:, :, :1] if alike else seen.narrow(axis, -beside.shape[axis], beside.shape[axis])
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 

@@ -47,10 +47,10 @@ def test_a_bundle_stands_in_for_the_network(name: str, tmp_path: Path) -> None:
     assert kernels.planned == kernels.executed > 10
     assert floating == []
     expected = pipelines.play(pipe, case)
-    with vdq_export.load(bundle.path) as network:
-        pipelines.swap(pipe, network)
+    with vdq_export.load(bundle.path) as transformer:
+        pipelines.swap(pipe, transformer)
         found = pipelines.play(pipe, case)
-        assert network.statistics.calls == case.calls
+        assert transformer.statistics.calls == case.calls
         if name == "Cosmos":  # the positions in time are constants of its graphs
             with pytest.raises(BundleError, match="fps is not what the graphs were made with"):
                 pipelines.play(pipe, replace(case, call={"fps": 24}))
@@ -63,7 +63,7 @@ def test_the_folders_own_calls_are_the_pipelines(tmp_path: Path) -> None:
     """The trajectory's inputs are what the pipeline gives its network; of the latent, what is beside the noise."""
     case = replace(CASES["Wan2.1 I2V"], steps=2)
     pipe = pipelines.build(case)
-    model = resolve(case.spec(pipelines.save(pipe, case, tmp_path / "model")))
+    model, channels = resolve(case.spec(pipelines.save(pipe, case, tmp_path / "model"))), pipe.vae.config.z_dim
     calls: list[dict[str, Any]] = []
     pipe.transformer.register_forward_pre_hook(lambda _, values, named: calls.append(named), with_kwargs=True)
     pipelines.play(pipe, case, seed=1)
@@ -73,5 +73,5 @@ def test_the_folders_own_calls_are_the_pipelines(tmp_path: Path) -> None:
         for key, tensor in step["inputs"].items():
             assert tensor.shape == call[key].shape
             if key == "hidden_states":
-                tensor, call[key] = (x[:, model.module.config.out_channels :] for x in (tensor, call[key]))
+                tensor, call[key] = (x[:, channels:] for x in (tensor, call[key]))
             torch.testing.assert_close(tensor, call[key].to(tensor.dtype))

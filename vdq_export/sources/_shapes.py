@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,19 @@ class Call:
         """B, L, D of encoder_hidden_states."""
         return self.inputs["encoder_hidden_states"].shape
 
+    @property
+    def starts_given(self) -> bool:
+        """Whether `beside` is no more channels but the first latent frame, whose tokens have no noise: timestep 0."""
+        return self.times is not None and bool((self.times == 0).any())
+
     def hidden_states(self, latent: torch.Tensor, beside: torch.Tensor | None = None) -> torch.Tensor:
-        """The noise with what is beside it: this, or what the family says."""
+        """The noise with what is beside it, or in its first frame's place: this, or what the family says."""
         beside = self.beside if beside is None else beside
-        return latent if beside is None else torch.cat([latent, beside], dim=self.channel_axis)
+        if beside is None:
+            return latent
+        if self.starts_given:
+            return torch.cat([beside, latent[:, :, 1:]], dim=2)
+        return torch.cat([latent, beside], dim=self.channel_axis)
 
     def timestep(self, t: torch.Tensor) -> torch.Tensor:
         """The timestep as the network takes it, [1] or [1, tokens]; of a tensor of them, the highest counts."""
@@ -90,11 +99,14 @@ def call(
         raise ModelError(f"{origin}: {error.what}", hint=error.hint) from error
     _check_arguments(network, origin, {*inputs, *fixed, *(family.also(config, size) if family.also else ())})
     times = None if family.times is None else family.times(config, size)
-    latent = list(family.latent(config, size))
-    if beside is not None:
-        latent[family.channel_axis] -= beside.shape[family.channel_axis]
+    latent = family.latent(config, size)
     also = {} if family.also is None else family.also(config, size)
-    return Call(family, size, tuple(latent), inputs, fixed, beside, times, also)
+    made = Call(family, size, latent, inputs, fixed, beside, times, also)
+    if beside is None or made.starts_given:
+        return made
+    axis = family.channel_axis
+    noise = latent[axis] - beside.shape[axis]
+    return replace(made, latent=(*latent[:axis], noise, *latent[axis + 1 :]))
 
 
 def _pipeline_settings(index: Mapping[str, Any]) -> dict[str, Any]:

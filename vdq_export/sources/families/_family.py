@@ -167,7 +167,8 @@ class Family:
     inputs(config, size): tensors beside latent and timestep that no step of a branch changes.
     fixed(config, size): arguments given once for all, constants of the graph.
     beside(config, size): channels that hidden_states has behind the noise's (an image's latent and its mask), by the
-    layout; None: the network is conditioned on the inputs alone.
+    layout; where `times` has zeros, the first latent frame that is given in the noise's place; None: the network is
+    conditioned on the inputs alone.
     times(config, size): what a step's t is multiplied with, [1, tokens], where each token has a timestep; None: one for
     all. guided(cond, uncond, scale): the prediction of both branches. frames(config, T): latent frames that the
     network gets of so many, where it takes whole patches and the pipeline fills up.

@@ -22,13 +22,14 @@ def _fixed(config: Config, size: Size) -> dict[str, Any]:
 
     patch = int(config["patch_size"])
     grid = size.h // patch, size.w // patch
-    *tables, t, h, w = get_3d_rotary_pos_embed_allegro(
+    made: Any = get_3d_rotary_pos_embed_allegro(  # diffusers declares fewer results than there are
         embed_dim=config["attention_head_dim"],
         crops_coords=((0, 0), grid),
         grid_size=grid,
         temporal_size=size.t,
         interpolation_scale=tuple(config[f"interpolation_scale_{axis}"] for axis in "thw"),
     )
+    *tables, t, h, w = made
     positions = torch.cartesian_prod(*(axis.to(torch.long) for axis in (t, h, w)))  # [tokens, 3]
     return {"image_rotary_emb": (tuple(tables), tuple(positions.T.reshape(3, 1, -1).contiguous()))}
 

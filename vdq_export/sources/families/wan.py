@@ -35,10 +35,13 @@ def _inputs(config: Config, size: Size) -> dict[str, Input]:
 
 
 def _beside(config: Config, size: Size) -> torch.Tensor | None:
-    """Of image to video: a mask of the known frames, then the latent of the video that has only these.
+    """Of image to video: a mask of the known frames, then the latent of the video that has only these; of the 5B the
+    latent of the first frame.
 
     Raises ModelError for channels beside the noise that are not these.
     """
+    if _starts_with_image(config):
+        return seeded(1, int(config["in_channels"]), 1, size.h, size.w)
     if not (channels := beside_noise(config)):
         return None
     mask = channels - int(config["out_channels"])
@@ -59,9 +62,13 @@ def _times(config: Config, size: Size) -> torch.Tensor | None:
         return None
     patch: Any = config["patch_size"]
     weights = torch.ones(size.t, -(-size.h // patch[1]), -(-size.w // patch[2]))
-    if config.get("pipeline") == "WanImageToVideoPipeline":
+    if _starts_with_image(config):
         weights[0] = 0
     return weights.reshape(1, -1)
+
+
+def _starts_with_image(config: Config) -> bool:
+    return bool(config.get("expand_timesteps")) and config.get("pipeline") == "WanImageToVideoPipeline"
 
 
 _14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
