@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.hoisted_bundle import STEPS, Kind, inputs, write
+from vdq_export.bundle import Bundle
 from vdq_export.errors import BundleError, ScheduleError
 from vdq_export.graph import Array
-from vdq_export.runtime import load
+from vdq_export.runtime import families, load
+from vdq_export.runtime.ahead import Ahead
 from vdq_export.runtime.providers import CPU, Backend
 from vdq_export.runtime.transformer import Transformer
 
@@ -126,6 +128,12 @@ def test_any_batch_of_any_timesteps(
         for _ in range(2):
             expected, found = (x(**call, timestep=np.float32(t)).sample for x in (one, other))
             np.testing.assert_array_equal(found, expected)
+
+
+def test_bins_of_one_expert_share_a_session(folder: Path) -> None:
+    opened = Bundle.open(bundle(folder, Kind()))
+    found = families.find([opened.graph_path(index) for index in range(4)])
+    assert [one.bins for one in found] == [(0, 1), (2, 3)]
 
 
 def test_providers_other_than_the_cpu_run_the_bins_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +261,23 @@ def test_without_a_step_graph_the_schedule_says_what_other_timesteps_get(folder:
         strict(**call, timestep=875.0)
         with pytest.raises(ScheduleError, match="timestep 880 has no row"):
             strict(**call, timestep=880.0)
+
+
+def test_a_timestep_for_each_token_has_no_row(folder: Path) -> None:
+    """As models have it whose first frame is given: here every sample of a run has its own."""
+    call = {**inputs(3), "timestep": np.array([1000, 875, 875], np.float32)}
+    with closing(Ahead(Bundle.open(bundle(folder, Kind(group=3))))) as ahead:
+        found = ahead.feeds(0, ["time/Add", "hidden_states"], call)
+        assert found["hidden_states"] is call["hidden_states"]
+        for t, sample in ((1000.0, 0), (875.0, 1)):
+            whole = ahead.feeds(0, ["time/Add"], {**call, "timestep": np.full(3, t, np.float32)})["time/Add"]
+            np.testing.assert_allclose(found["time/Add"].numpy()[sample], whole[sample], **TOLERANCE)
+        assert (ahead.counts.step_runs, ahead.counts.table_hits) == (1, 2)
+    with closing(Ahead(Bundle.open(bundle(folder, Kind(group=3, step=False))))) as ahead:
+        with pytest.raises(BundleError, match="one timestep at a time"):
+            ahead.feeds(0, ["time/Add"], call)
+        with pytest.raises(BundleError, match="nothing in the bundle gives 'unknown'"):
+            ahead.feeds(0, ["unknown"], call)
 
 
 # -- policies --------------------------------------------------------------------------------------------------------
