@@ -25,6 +25,10 @@ def _noise(*arguments: Any) -> torch.Tensor:
     return torch.randn(shape, generator=generator)
 
 
+def _image(generator: torch.Generator) -> torch.Tensor:
+    return torch.rand(1, 3, 64, 64, generator=generator)
+
+
 _MASKS = {"prompt_attention_mask": _mask(6), "negative_prompt_attention_mask": _mask(2)}
 
 
@@ -54,21 +58,21 @@ def _hunyuan15_vae() -> Any:
 
 
 def _mochi_vae() -> Any:
-    return _made("AutoencoderKLMochi", 
+    return _made("AutoencoderKLMochi",
         latent_channels=4, encoder_block_out_channels=(32, 32, 32, 32), decoder_block_out_channels=(32, 32, 32, 32),
         layers_per_block=(1, 1, 1, 1, 1), latents_mean=None, latents_std=None,
     )  # fmt: skip
 
 
 def _ltx_vae() -> Any:
-    return _made("AutoencoderKLLTXVideo", 
+    return _made("AutoencoderKLLTXVideo",
         latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8),
         layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1, 1),
     )  # fmt: skip
 
 
 def _ltx2_vae() -> Any:
-    return _made("AutoencoderKLLTX2Video", 
+    return _made("AutoencoderKLLTX2Video",
         latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 16, 32),
         layers_per_block=(1, 1, 1, 1, 1), decoder_layers_per_block=(1, 1, 1, 1),
         spatial_compression_ratio=32, temporal_compression_ratio=8,
@@ -123,6 +127,9 @@ CASES = {
         Case("HunyuanVideo, true guidance", "HunyuanVideo", "HunyuanVideoPipeline", _hunyuan_vae,
              partial(_flow, shift=7.0),
              call={**_ONE_BRANCH, "true_cfg_scale": 2.0, "negative_pooled_prompt_embeds": partial(_noise, 1, 16)}),
+        Case("HunyuanVideo I2V", "HunyuanVideo-I2V", "HunyuanVideoImageToVideoPipeline", _hunyuan_vae,
+             partial(_flow, shift=7.0), guidance=1.0,
+             call={**_ONE_BRANCH, "guidance_scale": 1.0, "image": _image}),
         Case("HunyuanVideo 1.5", "HunyuanVideo-1.5", "HunyuanVideo15Pipeline", _hunyuan15_vae,
              partial(_flow, shift=5.0), parts={"guider": _guider},
              call={"prompt_embeds_mask": _mask(6), "negative_prompt_embeds_mask": _mask(2),
