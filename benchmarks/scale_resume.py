@@ -34,7 +34,7 @@ QUARTERS = 4
 
 
 def run(arguments: argparse.Namespace) -> None:
-    kills = 3 if arguments.small else arguments.kills
+    kills = arguments.kills or (3 if arguments.small else KILLS)
     prepare(arguments.threads)
     with tempfile.TemporaryDirectory(prefix="vdq-resume-") as temporary:
         folder = Path(temporary)
@@ -244,7 +244,7 @@ def _saved(trials: Sequence[dict[str, Any]], seconds: float) -> list[tuple[str, 
 
 def main() -> None:
     made = common.parser(__doc__)
-    made.add_argument("--kills", type=int, default=KILLS, help=f"random kills in all (default {KILLS})")
+    made.add_argument("--kills", type=int, help=f"random kills in all (default {KILLS}, with --small 3)")
     common.main(made, run, {})
 
 

@@ -43,7 +43,7 @@ def wait_for(condition: Callable[[Path], bool], folder: Path, process: subproces
     [(partial_there, 0.0), (partial_there, 3.0), (graphs_there, 0.0)],
     ids=["start", "work", "write"],
 )
-def test_ctrl_c_leaves_nothing(condition: Callable[[Path], bool], later: float, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_no_bundle(condition: Callable[[Path], bool], later: float, tmp_path: Path) -> None:
     process = start(MODEL, "--tsw", "all", "--out", "out", cwd=tmp_path)
     wait_for(condition, tmp_path, process)
     time.sleep(later)
@@ -54,7 +54,8 @@ def test_ctrl_c_leaves_nothing(condition: Callable[[Path], bool], later: float, 
         return
     assert (code, out) == (130, "")
     assert err.strip() == "interrupted; no bundle was written"
-    assert list(tmp_path.iterdir()) == []
+    left = [place.name for place in tmp_path.iterdir()]
+    assert left in ([], ["out.work"]), "at most what is finished, for the next one to go on from"
 
 
 @posix
