@@ -27,7 +27,7 @@ def adapted(recipe: Recipe, learned: Learned | None) -> Recipe:
     if learned is None or recipe.weights.learned == "ignore":
         return recipe
     weights: Any = replace(recipe.weights, group=0, rounding="nearest", grid="int")
-    return replace(  # type: ignore[no-any-return]
+    return replace(
         recipe, weights=weights, smoothing=SmoothingRecipe(), rotation=RotationRecipe(), low_rank=LowRankRecipe()
     )
 

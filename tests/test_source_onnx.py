@@ -155,6 +155,7 @@ def another_output(proto: onnx.ModelProto) -> None:
 
 
 def quantized(proto: onnx.ModelProto) -> None:
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(1, np.float32), "s"))
     proto.graph.node.insert(0, onnx.helper.make_node("QuantizeLinear", ["x", "s"], ["q"], "quantize"))
 
 

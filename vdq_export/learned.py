@@ -1,6 +1,6 @@
 """Scales that quantization-aware training left in a checkpoint, beside the weights they belong to.
 
-Read are, for a linear at the module path L (docs/bring-your-model.md has the table):
+Read are, for a linear at the module path L (docs/bring-your-own-model.md has the table):
 
     L.weight_scale                         one number, or one an output channel; a level is round(w / scale)
     L.weight_fake_quant.scale              torch.ao's FakeQuantize: round(w · (1 / scale))

@@ -10,15 +10,17 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
 
 from vdq_export.errors import ModelError
 from vdq_export.model import Denoiser, Step, Trajectory, first_tensor
-from vdq_export.sources._embeddings import Prompt, inputs
+from vdq_export.sources._embeddings import inputs
 from vdq_export.sources._scheduling import Scheduler
 from vdq_export.sources._shapes import Call
+from vdq_export.sources._text import Prompt
 
 Branch = Literal["cond", "uncond"]
 
@@ -119,10 +121,10 @@ class Loop:
             ) from error
         latents, axis = self.call.latents, self.call.channel_axis
         if len(latents) > 1:  # one row, one after the other
-            sizes = [torch.Size(shape).numel() for shape in latents.values()]
-            if tuple(output.shape) == (1, sum(sizes)):
-                rows = zip(latents.items(), output.split(sizes, dim=1), strict=True)
-                return {name: row.reshape(shape) for (name, shape), row in rows}
+            ends = list(accumulate(torch.Size(shape).numel() for shape in latents.values()))
+            if tuple(output.shape) == (1, ends[-1]):
+                parts = zip(latents.items(), (0, *ends), ends, strict=False)
+                return {name: output[:, start:end].reshape(shape) for (name, shape), start, end in parts}
         elif output.ndim > axis and output.shape[axis] == 2 * self.call.latent[axis]:
             output = output.narrow(axis, 0, self.call.latent[axis])
         if tuple(output.shape) != self.call.latent:

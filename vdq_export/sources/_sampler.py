@@ -54,12 +54,16 @@ class FolderSampler:
         return {**self._loop.settings(), "clip": "latents" if self._vae is None else "decoded"}
 
     def _channels_first(self, latent: torch.Tensor) -> torch.Tensor:
-        """[1, C, T, H, W] of a latent in the family's layout."""
+        """[1, C, T, H, W] of a latent in the family's layout; of one that no layout describes, one picture."""
         layout, size = self._loop.call.family.layout, self._loop.call.size
+        if self._loop.call.family.hidden_states is not None:
+            return latent.reshape(1, 1, 1, -1, latent.shape[-1])
+        if layout == "THWC":
+            return latent.permute(0, 4, 1, 2, 3)
         if layout == "TCHW":
             return latent.transpose(1, 2)
         if layout == "tokens":
-            return latent.transpose(1, 2).unflatten(2, (size.t, size.h, size.w))
+            return latent.transpose(1, 2).reshape(1, -1, size.t, size.h, size.w)
         return latent
 
     def _decode(self, latent: torch.Tensor) -> torch.Tensor:
@@ -88,7 +92,9 @@ class FolderSampler:
 def _affordable(vae: Path | None, loop: Loop) -> Path | None:
     """The VAE's folder, if its weights are there and the clip is small enough."""
     size = loop.call.size
-    if vae is None or size.frames * size.height * size.width > MAX_PIXELS:
+    if vae is None or loop.call.family.hidden_states is not None:
+        return None
+    if size.frames * size.height * size.width > MAX_PIXELS:
         return None
     held = any((vae / f"{_STEM}.safetensors{end}").is_file() for end in ("", ".index.json"))
     # One that is told the timestep of the noise left over (LTX's) is part of the sampler: latents are compared.

@@ -11,6 +11,8 @@ import gc
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +108,11 @@ def encode(
 
 
 def _encode(pipeline: Any, prompt: str, negative: str, tokens: int | None) -> Prompt:
-    from diffusers.utils import is_bs4_available, is_ftfy_available
-
     taken = inspect.signature(pipeline.encode_prompt).parameters
     given = _defaults(type(pipeline)) | _CHOSEN | {"negative_prompt": [negative], "do_classifier_free_guidance": True}
     if tokens is not None:
         given["max_sequence_length"] = tokens
-    if not (is_bs4_available() and is_ftfy_available()):
+    if not all(find_spec(name) for name in ("bs4", "ftfy")):
         given["clean_caption"] = False  # as the pipelines do then, with a warning each time
     given = {name: value for name, value in given.items() if name in taken}
     cond = _named(type(pipeline).__name__, pipeline.encode_prompt(prompt=[prompt], **given))
@@ -173,7 +173,7 @@ def _pipeline(folder: Path, index: Mapping[str, Any], pipelines: Sequence[str]) 
 
 def _transformers() -> Any:
     try:
-        import transformers
+        transformers: Any = import_module("transformers")
     except ImportError as error:
         raise MissingToolError("encoding text needs transformers, which is not installed", hint=INSTALL) from error
     transformers.utils.logging.set_verbosity_error()

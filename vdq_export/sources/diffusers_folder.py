@@ -55,7 +55,7 @@ def load(spec: str, options: Options) -> Model:
     if moving := sorted(name for name, one in call.inputs.items() if one.changes):
         raise ModelError(
             f"{spec}: {first.class_name} takes {moving[0]!r}, which changes along the steps as only its pipeline knows",
-            hint="record its calls there (docs/bring-your-model.md) and give --trajectories",
+            hint="record its calls there (docs/bring-your-own-model.md) and give --trajectories",
         )
     guidance, call = _guidance(pipeline, call, options)
     prompts = found.prompts or _embeddings.random(call)
