@@ -17,6 +17,7 @@ KNOWN = (
     "CogVideoXDDIMScheduler",
     "CogVideoXDPMScheduler",
     "DDIMScheduler",
+    "DDPMScheduler",
     "DPMSolverMultistepScheduler",
     "EDMEulerScheduler",
     "EulerAncestralDiscreteScheduler",
