@@ -173,7 +173,14 @@ def _input(
         if scale.size != 1:
             raise ModelError(f"{origin}: {name} has {scale.size} scales", hint="activations have one scale a tensor")
         zero = f"{layer}.{_ZEROS[suffix]}" if suffix in _ZEROS else ""
-        point = np.asarray(tensors[zero]) if zero in held else np.zeros(1, np.int8)
-        signed = point.dtype == np.int8 or int(point.reshape(-1)[0]) < 0 or zero not in held
-        return (float(scale[0]), int(point.reshape(-1)[0]) - (0 if signed else 128)), kind
+        point = _signed(np.asarray(tensors[zero])) if zero in held else 0
+        return (None if point is None else (float(scale[0]), point)), kind
     return None, "divided"
+
+
+def _signed(stored: Array) -> int | None:
+    """A zero point as of signed 8-bit levels; None where neither its type nor its value says what it counts from."""
+    point = int(stored.reshape(-1)[0])
+    if stored.dtype == np.int8 or point < 0:
+        return point
+    return point - 128 if stored.dtype == np.uint8 or point > 127 else None
