@@ -26,7 +26,8 @@ EMBEDDINGS = Path("text") / "embeddings.safetensors"
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
-    """What a recording took. prompts: all; made: by this run, the others were there. Seconds and bytes of this run."""
+    """What a recording took. prompts: all; made: by this run, the others were there. Seconds and bytes of this run;
+    text_s: encoding, without what it takes to read the rest of the model."""
 
     out: str
     prompts: int
@@ -61,12 +62,14 @@ def record(
     asked = Settings(model=sources.with_options(spec, **options), prompts=words, negative=negative, embeddings=given)
     _check_same(out, asked)
     started = time.monotonic()
+    text_s = 0.0
     if embeds is None:
         embeds = out / EMBEDDINGS
         if not embeds.is_file():
             with reporter.stage("encode text"):
                 encoded = _pipeline.read(folder).encode(words, negative)
                 _write_whole(embeds, lambda path: _embeddings.save(encoded, path))
+            text_s = time.monotonic() - started
     model = sources.resolve(sources.with_options(spec, **options, prompt_embeds=embeds))
     for text in model.metadata["notes"]:
         reporter.warn(text)
@@ -75,15 +78,15 @@ def record(
     _write_whole(
         out / recorded.SETTINGS, lambda path: path.write_bytes(msgspec.json.format(msgspec.json.encode(settings)))
     )
-    encoded_at = time.monotonic()
+    began = time.monotonic()
     made, calls, written = _denoise(model.trajectories, out, reporter)
     return Cost(
         out=str(out),
         prompts=len(model.trajectories),  # type: ignore[arg-type]  # Generated has a length
         made=made,
         calls=calls,
-        text_s=round(encoded_at - started, 3),
-        denoising_s=round(time.monotonic() - encoded_at, 3),
+        text_s=round(text_s, 3),
+        denoising_s=round(time.monotonic() - began, 3),
         bytes=written,
     )
 
