@@ -142,7 +142,9 @@ def is_costly(task: GroupTask) -> bool:
 
 
 def is_light(task: GroupTask) -> bool:
-    """Whether solving it costs less than starting a process; it depends on the shapes alone."""
+    """Whether solving it costs less than a process, and sending it there; it depends on recipe and shapes alone."""
+    if not is_costly(task):
+        return True
     rows, k = sum(len(x) for x in task.rows), task.weights[0].shape[0]
     return bool((rows + k) * k * (k + sum(w.shape[1] for w in task.weights)) < LIGHT)
 
@@ -152,16 +154,22 @@ def _solve(task: GroupTask) -> GroupResult:
     residuals = [w if b is None else w - b.down @ b.up for w, b in zip(task.weights, branches, strict=True)]
     settings = task.recipe.weights
     formats = [weight_ranges.fitted(r, fmt) for r, fmt in zip(residuals, task.formats, strict=True)]
-    rounded = [_nearest(r, fmt, settings) for r, fmt in zip(residuals, formats, strict=True)]
-    ranges, dynamic = clip.search(
-        task.rows,
-        task.ranges,
-        task.dynamic,
-        task.grid,
-        task.weights,
-        [one.weight for one in rounded],
-        [None if b is None else (b.down, b.up) for b in branches],
-        task.recipe.activations.clip,
+    # Nearest codes follow from the scale; they are made here only for those who compare them.
+    compared = settings.rounding == "gptq" or bool(task.recipe.activations.clip)
+    rounded = [_nearest(r, fmt, settings, compared) for r, fmt in zip(residuals, formats, strict=True)]
+    ranges, dynamic = (
+        (task.ranges, task.dynamic)
+        if not compared
+        else clip.search(
+            task.rows,
+            task.ranges,
+            task.dynamic,
+            task.grid,
+            task.weights,
+            [one.weight for one in rounded],
+            [None if b is None else (b.down, b.up) for b in branches],
+            task.recipe.activations.clip,
+        )
     )
     if settings.rounding == "gptq":
         evidence = _evidence(task, ranges or dynamic)
@@ -173,10 +181,11 @@ def _solve(task: GroupTask) -> GroupResult:
     return GroupResult(tuple(ranges), tuple(dynamic), layers)
 
 
-def _nearest(residual: Array, fmt: WeightFormat, settings: WeightRecipe) -> _Rounding:
+def _nearest(residual: Array, fmt: WeightFormat, settings: WeightRecipe, compared: bool) -> _Rounding:
     scale = weight_ranges.scales(residual, fmt, settings.range)
     cell = f"a group of {fmt.group}" if fmt.group else "a channel"
-    return _Rounding(weight_ranges.quantize(residual, scale, fmt), scale, f"{_METHOD[settings.range]} {cell}")
+    codes = weight_ranges.quantize(residual, scale, fmt) if compared else np.empty((0, 0), np.int8)
+    return _Rounding(codes, scale, f"{_METHOD[settings.range]} {cell}")
 
 
 def _evidence(task: GroupTask, how: Sequence[Range | Dynamic]) -> _Evidence:

@@ -120,6 +120,10 @@ class Checkpoint(Mapping[str, Array]):
             found = list(pool.map(lambda item: _digest(*item), order))
         return dict(zip((name for name, _ in order), found, strict=True))
 
+    def identity(self, name: str) -> bytes:
+        """The digest of one tensor; tensors of equal type, shape and bytes have the same."""
+        return self.digests[self.aliases.get(name, name)]
+
     def digest(self) -> str:
         """sha256 over names, types, shapes and bytes of all tensors. Raises ModelError for NaN and Inf."""
         total = hashlib.sha256()

@@ -149,12 +149,19 @@ class Graph:
         return duplicate
 
     def hash(self) -> str:
-        """sha256 over structure and every constant; not over who wrote it: a record outlives an upgrade of torch."""
+        """sha256 over structure and every constant; not over who wrote it: a record outlives an upgrade of torch.
+
+        Weights of a checkpoint that was hashed go by their tensor's digest, and are not read again.
+        """
         proto, arrays = self.skeleton()
         proto.ClearField("producer_name")
         proto.ClearField("producer_version")
         digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
-        for array in ahead(arrays.held[name] for name in sorted(arrays)):
+        held = [arrays.held[name] for name in sorted(arrays)]
+        for values in held:
+            if isinstance(values, Promise) and values.identity is not None:
+                digest.update(values.identity)
+        for array in ahead(x for x in held if not isinstance(x, Promise) or x.identity is None):
             # Transposed: linears' weights, the bulk, are views of output-channel-major storage and need no copy so.
             digest.update(np.ascontiguousarray(array.T).view(np.uint8).data)
             release(array)

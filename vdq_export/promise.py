@@ -7,11 +7,12 @@ file's pages from then on. Two constants that hold the same promise hold the sam
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import onnx_graphsurgeon as gs  # noqa: TID251  (its constants hold these)
@@ -23,16 +24,30 @@ Lazy = gs.ir.tensor.LazyValues  # what graphsurgeon reads on first use, and then
 
 
 class Promise(Lazy):  # type: ignore[misc]  # untyped there
-    """change(values) of `shape` and `dtype`, by default those of values, computed when it is read."""
+    """change(values) of `shape` and `dtype`, by default those of values, computed when it is read.
+
+    identity: a hash that promises of equal values alone have in common, where what they are made of has one.
+    """
 
     def __init__(
-        self, values: Any, change: Callable[[Array], Array], shape: Sequence[int] | None = None, dtype: Any = None
+        self,
+        values: Any,
+        change: Callable[[Array], Array],
+        shape: Sequence[int] | None = None,
+        dtype: Any = None,
+        origin: bytes | None = None,
     ) -> None:
         self.shape = tuple(values.shape if shape is None else shape)
         self.dtype = np.dtype(values.dtype if dtype is None else dtype)
         self.nbytes = prod(self.shape) * self.dtype.itemsize
         self._values, self._change = values, change
         self._kept: Callable[[], Array] | None = None
+        known = origin or (values.identity if isinstance(values, Promise) else None)
+        name = _PLAIN.get(change)
+        self.identity: bytes | None = None
+        if known is not None and name is not None:
+            what = f"{name}|{self.shape}|{self.dtype.name}|".encode()
+            self.identity = hashlib.sha256(what + known).digest()
 
     def load(self) -> Array:
         if self._kept is not None:
@@ -61,6 +76,10 @@ class Promise(Lazy):  # type: ignore[misc]  # untyped there
         return self if values is self._values else Promise(values, self._change, self.shape, self.dtype)
 
 
+# Changes that are known by name: what they make of equal values is equal.
+_PLAIN: Mapping[Any, str] = {np.asarray: "as it is", np.transpose: "transposed"}
+
+
 class Unbound(Lazy):  # type: ignore[misc]  # untyped there
     """Values of parameter `path`, which only bind() supplies."""
 
@@ -70,6 +89,13 @@ class Unbound(Lazy):  # type: ignore[misc]  # untyped there
 
     def load(self) -> Array:
         raise PassError(f"the graph was traced without weights and {self.path} is needed", hint="bind() them first")
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """Tensors whose bytes have been hashed."""
+
+    def identity(self, name: str) -> bytes: ...
 
 
 class Arrays(MutableMapping[str, Array]):
@@ -140,13 +166,17 @@ def bound(values: Any, tensors: Mapping[str, Array]) -> Any:
         return values
     if values.path not in tensors:
         raise ModelError(f"no weight {values.path}", hint="the checkpoint is incomplete or of another model")
-    array = tensors[values.path]
+    array, origin = tensors[values.path], None
+    if isinstance(tensors, Identified):
+        origin = tensors.identity(values.path)
     if tuple(array.shape) != values.shape:
         raise ModelError(
             f"weight {values.path} is {tuple(array.shape)}, the model wants {values.shape}",
             hint="config and checkpoint do not belong together",
         )
-    return array if array.dtype == values.dtype else Promise(array, np.asarray, dtype=values.dtype)
+    if array.dtype == values.dtype and origin is None:
+        return array
+    return Promise(array, np.asarray, dtype=values.dtype, origin=origin)
 
 
 def release(array: Array) -> None:
