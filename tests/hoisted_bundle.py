@@ -23,7 +23,7 @@ from tests.graphs import OPSET, WIDTH, Builder
 from vdq_export import hoisting, hoisting_cut
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter, signature_of
-from vdq_export.graph import Array, Graph
+from vdq_export.graph import Graph
 from vdq_export.manifest import Manifest, ModelIdentity
 from vdq_export.plan import Bin, Branch
 from vdq_export.policy import CachePolicy, Probe
@@ -149,7 +149,7 @@ def _write_parts(writer: BundleWriter, kind: Kind, expert: str, bins: Sequence[B
     )
 
 
-def inputs(batch: int = 1, seed: int = 0) -> dict[str, Array]:
+def inputs(batch: int = 1, seed: int = 0) -> dict[str, Any]:
     """Everything but the timestep."""
     random = np.random.default_rng(seed)
     x, p = random.standard_normal((2, batch, 4, WIDTH)).astype(np.float32)

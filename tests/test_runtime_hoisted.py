@@ -19,13 +19,14 @@ from tests.hoisted_bundle import STEPS, Kind, inputs, write
 from vdq_export.bundle import Bundle
 from vdq_export.errors import BundleError, ScheduleError
 from vdq_export.graph import Array
+from vdq_export.plan import Branch
 from vdq_export.runtime import families, load
 from vdq_export.runtime.ahead import Ahead
 from vdq_export.runtime.providers import CPU, Backend
 from vdq_export.runtime.transformer import Transformer
 
-BRANCHES = ("cond", "uncond")
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+BRANCHES: tuple[Branch, ...] = ("cond", "uncond")
+TOLERANCE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 OTHER_STEPS = (970.0, 812.5, 640.0, 500.0, 333.0, 4.0)  # of a sampler that nobody calibrated
 
 
@@ -126,7 +127,7 @@ def test_any_batch_of_any_timesteps(
     whole, parts = bundle(folder, Kind(hoist=False, group=group)), bundle(folder, Kind(group=group, tables=tables))
     with unoptimised(monkeypatch), load(whole, **wanted) as one, load(parts, **wanted) as other:
         for _ in range(2):
-            expected, found = (x(**call, timestep=np.float32(t)).sample for x in (one, other))
+            expected, found = (x(**call, timestep=np.array(t, np.float32)).sample for x in (one, other))
             np.testing.assert_array_equal(found, expected)
 
 

@@ -163,7 +163,7 @@ def test_the_documented_code_runs_the_bundle(tiny_bundle: Bundle, tmp_path: Path
     for t in (1000.0, 800.0, 120.0, 20.0, 1000.0):
         inputs = {name: one.numpy() for name, one in tiny_model.inputs(11, t).items()}
         index = tiny_bundle.schedule.select(t)
-        feeds = bin_feeds(tiny_bundle, index, {"t": t, "branch": "any", "inputs": tiny_model.inputs(11, t)})
+        feeds = bin_feeds(tiny_bundle, index, {"t": t, "branch": "cond", "inputs": tiny_model.inputs(11, t)})
         exact = openvino_runtime.run(openvino_runtime.compile_graph(tiny_bundle.graph_path(index)), feeds, "sample")
         np.testing.assert_array_equal(transformer(t, **inputs), exact)
     assert len(transformer.compiled) == 2
