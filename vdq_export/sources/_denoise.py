@@ -112,7 +112,10 @@ class Loop:
         """The network's answer for each latent; of one that also returns variances, the first half of the channels."""
         try:
             with _told(network, branch), torch.no_grad():
-                output = first_tensor(network(**given)).float()
+                answer = network(**given)
+            if isinstance(answer, tuple) and len(self.call.latents) == len(answer) > 1:  # a bundle's, one for each
+                return {name: one.float() for name, one in zip(self.call.latents, answer, strict=True)}
+            output = first_tensor(answer).float()
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ModelError(
