@@ -31,11 +31,13 @@ from benchmarks import common
 KILLS, SEED, CASES, PAIRS = 30, 5, 3, 2
 RECIPE = "svdquant-gptq"
 QUARTERS = 4
+MODEL: tuple[Any, Any] = (None, None)  # and its graph: what forked processes have from the start
 
 
 def run(arguments: argparse.Namespace) -> None:
     kills = arguments.kills or (3 if arguments.small else KILLS)
-    prepare(arguments.threads)
+    global MODEL
+    MODEL = prepare(arguments.small, arguments.threads)
     with tempfile.TemporaryDirectory(prefix="vdq-resume-") as temporary:
         folder = Path(temporary)
         whole = _export(folder / "whole", small=arguments.small)
@@ -48,27 +50,14 @@ def run(arguments: argparse.Namespace) -> None:
         raise SystemExit(f"{failures} of {len(trials)} bundles differ")
 
 
-def prepare(threads: int) -> None:
-    """Import what an export imports, which takes a first trace too: exports are forked from this process, and none is
-    timed with its imports."""
+def prepare(small: bool, threads: int) -> tuple[Any, Any]:
+    """(the model, its graph). Exports are forked from this process, so that imports and tracing are none of theirs and
+    all moments fall into work that is kept or written."""
     os.environ.update(common.limited(threads))
-    from vdq_export import compiler, sources, work_store
+    from vdq_export import compiler, work_store
     from vdq_export.calib import group
     from vdq_export.samples import digits
     from vdq_export.trace import trace
-
-    sources.resolve("sample:digits")
-    trace(digits.load())
-    work_store.code_version()
-    compiler.targets.load("ort-int8")
-    group.LIGHT = 0  # groups of so small layers would be solved here, and not kept
-
-
-def export(out: Path, *, small: bool, keep: bool = True) -> dict[str, float]:
-    """The seconds it took, what it took from the store, and the seconds it spent there."""
-    from vdq_export import compiler
-    from vdq_export.samples import digits
-    from vdq_export.work import Work, at_work
 
     if small:
         from tests import tiny_model
@@ -76,10 +65,22 @@ def export(out: Path, *, small: bool, keep: bool = True) -> dict[str, float]:
         model = tiny_model.build()
     else:
         model = digits.load(calibration_cases=CASES)
+    work_store.code_version()
+    compiler.targets.load("ort-int8")
+    group.LIGHT = 0  # groups of so small layers would be solved here, and not kept
+    return model, trace(model)
+
+
+def export(out: Path, *, small: bool, keep: bool = True) -> dict[str, float]:
+    """The seconds it took, what it took from the store, and the seconds it spent there."""
+    from vdq_export import compiler
+    from vdq_export.work import Work, at_work
+
+    model, graph = MODEL
     began = time.monotonic()
     with at_work(out, workers=1) as place:
         work = place if keep else Work(place.engine)
-        compiler.export(model, out=out, work=work, tsw=2 if small else 4, recipe=RECIPE)
+        compiler.export(model, traced={"": graph.copy()}, out=out, work=work, tsw=2 if small else 4, recipe=RECIPE)
         store = place.store
         assert store is not None
     return {"seconds": time.monotonic() - began, "taken": store.hits, "store_s": store.seconds}
@@ -223,8 +224,7 @@ def _write(
     notes = (
         f"The {'tiny test model' if arguments.small else f'digits sample with {CASES} calibration cases'}, recipe "
         f"{RECIPE}, one process for groups of layers, all of which are kept. Exports are forked from a process that "
-        "has imported torch and onnxruntime, so kills fall into the export itself. Tracing is never kept: it is what a "
-        "resumed run always repeats."
+        "has imported and traced everything, so that all moments fall into calibration, solving and writing."
     )
     data = {"seconds": seconds, "whole": whole, "trials": list(trials), "pairs": list(pairs), "seed": SEED}
     title = "Exports killed at random moments"

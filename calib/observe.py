@@ -26,7 +26,7 @@ from vdq_export.calib.constant_inputs import Constancy, in_all
 from vdq_export.calib.record import CalibrationRecord, Slot
 from vdq_export.calib.statistics import Observed, Seen
 from vdq_export.calib.trajectories import Runs
-from vdq_export.engine import Engine
+from vdq_export.engine import Engine, cores
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array, Graph, is_constant
 from vdq_export.model import Model, Step, Trajectory
@@ -58,6 +58,7 @@ def observe(
     or Inf (layer and timestep named), for inputs that do not fit the graph, and for a model without trajectories.
     """
     graph_hash = graph.hash()
+    threads = threads or cores()  # said, for with many of them the split of a product decides last bits
     identity = work_store.key("observe", graph_hash, rows, limit, threads)
     job = Job(identity, graph, tuple(observed_values(graph)), rows, limit, threads)
     kept = _Kept(store, identity, Runs(model), rows)
@@ -92,7 +93,7 @@ class Job:
     watched: tuple[Observed, ...]
     rows: int
     limit: int
-    threads: int | None
+    threads: int
 
     def run(self, number: int, trajectory: Sequence[Step], tick: Callable[[], None] = lambda: None) -> Seen:
         """What trajectory `number` shows; tick is called after each call. Raises CalibrationError as observe() does."""
@@ -186,7 +187,7 @@ def _observe_here(job: Job, kept: _Kept, progress: Progress | None) -> None:
 
 def _observe_elsewhere(job: Job, kept: _Kept, engine: Engine, progress: Progress | None) -> None:
     name = lambda task: f"the calibration run of trajectory {task[0]}"  # noqa: E731
-    for one in engine.in_order(run_elsewhere, kept.draw(), name=name, shared=job):
+    for one in engine.in_order(run_elsewhere, kept.draw(), name=name, shared=job, cores=job.threads):
         kept.add(one)
         if progress is not None:
             count = kept.runs.count
@@ -241,7 +242,7 @@ def _chunks(watched: Sequence[Observed], inputs: set[str], limit: int) -> Iterat
 class _Session:
     """The graph with some inner values as outputs."""
 
-    def __init__(self, graph: Graph, names: list[str], inputs: Mapping[str, Any], threads: int | None) -> None:
+    def __init__(self, graph: Graph, names: list[str], inputs: Mapping[str, Any], threads: int) -> None:
         self.names = set(names)
         self.inner = [n for n in names if n not in inputs]
         # Without prepacking, sessions of one graph use the very arrays they are handed: weights exist once.

@@ -191,7 +191,7 @@ def test_an_error_in_another_process_names_timestep_and_layer() -> None:
 
 
 def test_what_was_seen_survives_the_disk_bit_for_bit() -> None:
-    job = observing.Job("", cases.graph(), tuple(observing.observed_values(cases.graph())), 4, 2**20, None)
+    job = observing.Job("", cases.graph(), tuple(observing.observed_values(cases.graph())), 4, 2**20, 1)
     seen = job.run(5, TRAJECTORIES[0])
     back = Seen.from_bytes(seen.to_bytes())
     assert (back.first, back.trajectories, back.calls, back.constant) == (5, 1, CALLS, seen.constant)

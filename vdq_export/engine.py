@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
+import psutil
+
 from vdq_export.calib import workers as processes
 from vdq_export.errors import VdqError
 
 LOCAL, RAY = "local", "ray"
+
+
+def cores() -> int:
+    """Of this machine, that this process may use; threads of one core count once."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 class EngineError(VdqError):
@@ -31,13 +40,15 @@ class Engine(AbstractContextManager["Engine"], Protocol):
         name: Callable[[Any], str],
         is_light: Callable[[Any], bool] = ...,
         shared: Any = None,
+        cores: int = 1,
     ) -> Iterator[Any]:
         """function(task) of every task, or function(shared, task) where something is shared; in order.
 
         The same numbers on every engine: units run with one BLAS thread each. A light task is solved in this process.
-        Tasks are drawn as there is room for them. `function` must be importable by name; shared is sent once a process
-        or machine. An error of a task is raised when its turn comes, after which nothing more is done;
-        CalibrationError, with the task's name, where its process was lost for good.
+        Tasks are drawn as there is room for them; cores: how many a task keeps busy, where that is planned with.
+        `function` must be importable by name; shared is sent once a process or machine. An error of a task is raised
+        when its turn comes, after which nothing more is done; CalibrationError, with the task's name, where its process
+        was lost for good.
         """
         ...
 
@@ -57,6 +68,7 @@ class Local:
         name: Callable[[Any], str],
         is_light: Callable[[Any], bool] = lambda task: False,
         shared: Any = None,
+        cores: int = 1,
     ) -> Iterator[Any]:
         return processes.in_order(function, tasks, self.workers, name=name, is_light=is_light, shared=shared)
 

@@ -34,7 +34,8 @@ class Ray:
             import ray
         except ImportError as error:
             raise MissingToolError("--engine ray needs Ray", hint="pip install 'vdq-export[ray]'") from error
-        self._ray, self._address, self._workers = ray, address, workers
+        self._ray: Any = ray
+        self._address, self._workers = address, workers
         self._stack = ExitStack()
         self._remote: Any = None
 
@@ -64,9 +65,11 @@ class Ray:
         name: Callable[[Any], str],
         is_light: Callable[[Any], bool] = lambda task: False,
         shared: Any = None,
+        cores: int = 1,
     ) -> Iterator[Any]:
         """As Engine.in_order() says. A unit whose process or machine is lost is done again, RETRIES times."""
         before = () if shared is None else (self._ray.put(shared),)
+        remote = self._remote if cores == 1 else self._remote.options(num_cpus=min(cores, self._largest()))
         drawn, running, left = iter(tasks), deque[tuple[str, Any]](), True
         try:
             while left or running:
@@ -78,7 +81,7 @@ class Ray:
                         own = () if shared is None else (shared,)
                         running.append(("", function(*own, task)))
                     else:
-                        running.append((name(task), self._remote.remote(function, task, *before)))
+                        running.append((name(task), remote.remote(function, task, *before)))
                 if running:
                     called, unit = running.popleft()
                     yield self._answer(called, unit) if called else unit
@@ -89,6 +92,12 @@ class Ray:
 
     def _room(self) -> int:
         return max(1, AHEAD * int(self._ray.cluster_resources().get("CPU", 1)))
+
+    def _largest(self) -> int:
+        """Cores of the machine that has the most."""
+        return (
+            max((int(node["Resources"].get("CPU", 0)) for node in self._ray.nodes() if node["Alive"]), default=1) or 1
+        )
 
     def _answer(self, called: str, unit: Any) -> Any:
         errors = self._ray.exceptions
