@@ -145,6 +145,23 @@ def test_recordings_store_the_latent_of_both_branches_once(tmp_path: Path) -> No
     assert steps[0]["inputs"]["encoder_hidden_states"] is not steps[1]["inputs"]["encoder_hidden_states"]
 
 
+def test_clips_of_a_recording_are_those_of_the_pipeline(tmp_path: Path) -> None:
+    """The loop that was recorded, from its settings: the same clips as the folder's own sampler makes."""
+    folder_of("Wan", "WanPipeline", tmp_path / "model")
+    prompts = tmp_path / "model" / "prompts.txt"
+    record(str(tmp_path / "model"), tmp_path / "traj", prompts=prompts, **SIZES, shift=4.0, guidance=2.0)
+    chosen = "&".join(f"{name}={value}" for name, value in SIZES.items())
+    whole = resolve(f"{tmp_path / 'model'}?{chosen}&shift=4.0&guidance=2.0&prompts={prompts}")
+    again = resolve(f"{tmp_path / 'model'}?trajectories={tmp_path / 'traj'}")
+    assert whole.sampler is not None
+    assert again.sampler is not None
+    for case in (0, 1):
+        assert again.sampler.describe(case) == whole.sampler.describe(case)
+        one, other = (model.sampler.generate(model.module, case) for model in (again, whole) if model.sampler)
+        assert (one == other).all()
+    assert again.sampler.settings() == whole.sampler.settings()
+
+
 def test_guidance_of_the_second_expert(tmp_path: Path) -> None:
     """Below the boundary the prediction is scaled by --guidance-2: the first latent beneath it is the same, the last
     differs."""

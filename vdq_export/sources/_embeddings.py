@@ -144,3 +144,13 @@ def inputs(
     made = {**latents, "timestep": call.timestep(t), **given}
     made["hidden_states"] = call.hidden_states(latents["hidden_states"], text.get(IMAGE))
     return made | {name: one.make() for name, one in call.inputs.items() if name not in made and one.value is not None}
+
+
+def of_step(call: Call, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The prompt of a call: what inputs() was given of it, the channels beside the noise included."""
+    text = {name: tensor for name, tensor in given.items() if name not in ("timestep", *call.latents)}
+    if call.beside is not None:
+        axis, channels = call.channel_axis, call.latent[call.channel_axis]
+        held = given["hidden_states"]
+        text[IMAGE] = held.narrow(axis, channels, held.shape[axis] - channels)
+    return text

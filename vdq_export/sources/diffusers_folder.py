@@ -8,6 +8,7 @@ text is encoded and clips are decoded by classes of diffusers and transformers.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from vdq_export.errors import MissingToolError, ModelError
 from vdq_export.experts import Expert, Experts
 from vdq_export.model import Model
 from vdq_export.recorded import Recorded
-from vdq_export.sources import _denoise, _embeddings, _pipeline, _scheduling, _shapes, _text
+from vdq_export.sources import _denoise, _embeddings, _options, _pipeline, _sampler, _scheduling, _shapes, _text
 from vdq_export.sources._options import Options
 from vdq_export.sources._pipeline import Pipeline
 from vdq_export.sources._sampler import FolderSampler
@@ -101,7 +102,29 @@ def _from_recorded(pipeline: Pipeline, call: _shapes.Call, held: Recorded, metad
     zeros = {name: torch.zeros(shape) for name, shape in call.latents.items()}
     wanted = _embeddings.inputs(call, zeros, example["timestep"], text)
     recorded.check(held, wanted, pipeline.folder)
-    return _model(pipeline, _module(pipeline), example, held, call, metadata)
+    made = _model(pipeline, _module(pipeline), example, held, call, metadata)
+    if held.settings is not None:
+        try:
+            made.sampler = _recorded_sampler(pipeline, call, held, held.settings)
+        except ModelError as error:  # a transformer without the pipeline it was recorded in
+            metadata["notes"].append(f"no clips will be compared: {error}")
+    return made
+
+
+def _recorded_sampler(
+    pipeline: Pipeline, call: _shapes.Call, held: Recorded, known: recorded.Settings
+) -> FolderSampler:
+    """The loop that was recorded, with the text of its first prompts. Raises ModelError where its scheduler is gone."""
+    _, query = _options.split(known.model)
+    options = _options.parse(query, known.model)
+    guidance, call = _guidance(pipeline, call, options)
+    prompts: list[Prompt] = []
+    for trajectory in itertools.islice(held, _sampler.CLIPS):
+        branches = {step["branch"]: step["inputs"] for step in reversed(trajectory)}
+        prompts.append({branch: _embeddings.of_step(call, given) for branch, given in branches.items()})
+    loop = _denoise.Loop(call, _scheduler(pipeline, call, options), prompts, guidance)
+    words = list(known.prompts[: len(prompts)]) or [""] * len(prompts)
+    return FolderSampler(loop, words, pipeline.vae and pipeline.vae.parent)
 
 
 def _sized(options: Options, held: Recorded) -> Options:
