@@ -33,9 +33,17 @@ AFTER = ("fold_constants", "no_ops")
 
 def run(graph: Graph, context: PassContext) -> PassReport:
     report = PassReport(NAME)
+    while _sweep(graph, report):  # assignments one after the other go from the last to the first
+        report.skipped.clear()
+    return report
+
+
+def _sweep(graph: Graph, report: PassReport) -> int:
+    """Rewrite what no other assignment reads; how many were."""
+    done = 0
     for node in graph.nodes:
-        behind = node.outputs[0].outputs if node.op == "ScatterND" else []
-        if node.op != "ScatterND" or any(r.op == "ScatterND" and r.inputs[0] is node.outputs[0] for r in behind):
+        behind = readers(node.outputs[0]) if node.op == "ScatterND" and node.outputs else []
+        if not behind or any(r.op == "ScatterND" and r.inputs[0] is node.outputs[0] for r in behind):
             continue
         halves, rows = _halves(node), _rows(node)
         if not isinstance(halves, str):
@@ -46,8 +54,9 @@ def run(graph: Graph, context: PassContext) -> PassReport:
             report.skip(node.name, halves)
             continue
         report.did(node.name)
+        done += 1
     graph.cleanup()
-    return report
+    return done
 
 
 def _halves(odd: Node) -> tuple[Value, Value, list[int]] | str:

@@ -6,15 +6,19 @@ Tiny configurations with random weights of the size that trained ones have.
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.families import OTHER_CLASSES, OTHERS
+from tests.families import OTHER_CLASSES, OTHERS, build, network
 from tests.pipelines import sensible
-from vdq_export import export, families, load
+from vdq_export import export, families, load, sources
+from vdq_export.errors import ModelError
 from vdq_export.metrics import sqnr_db
 from vdq_export.model import Model, first_tensor
 from vdq_export.sources.families import _generic
@@ -105,6 +109,41 @@ def test_other_classes_are_all_there_are() -> None:
     files = {one.class_name for one in families.FAMILIES}
     assert set(families.classes()) == (files & set(families.classes())) | set(_generic.TRIED) | set(_generic.REFUSED)
     assert set(_generic.TRIED) <= OTHER_CLASSES
+
+
+@pytest.mark.parametrize("class_name", sorted(OTHER_CLASSES))
+def test_pipeline_folders_of_every_class_are_read(class_name: str, tmp_path: Path) -> None:
+    """Two steps from noise, both branches; what only a pipeline knows must be recorded there."""
+    family = families.of(class_name)
+    tiny = family.tiny[0]
+    network(family, tiny).save_pretrained(tmp_path / "transformer")
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    index = {"transformer": ["diffusers", class_name], "scheduler": ["diffusers", scheduler["_class_name"]]}
+    for file, held in (("scheduler/scheduler_config.json", scheduler), ("model_index.json", index)):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(json.dumps(held))
+    frames, height, width = tiny.video
+    spec = f"{tmp_path}?frames={frames}&height={height}&width={width}&steps=2"
+    if class_name == "AnyFlowTransformer3DModel":
+        with pytest.raises(ModelError, match="'r_timestep', which changes along the steps"):
+            sources.resolve(spec)
+        return
+    made = sources.resolve(spec)
+    steps = next(iter(made.iter_trajectories()))
+    assert len(steps) == 2 * (2 if family.guidance > 1 else 1)
+    config = {**_defaults(class_name), **tiny.settings}
+    assert set(made.prompt_inputs or ()) == set(family.inputs(config, family.size(tiny.video)))
+    assert all(torch.isfinite(tensor.float()).all() for step in steps for tensor in step["inputs"].values())
+
+
+def test_the_documented_family_is_complete() -> None:
+    text = (Path(__file__).parents[1] / "docs/families.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    held: dict[str, Any] = {}
+    exec(compile(code, "families.md", "exec"), held)
+    family = held["FAMILY"]
+    whole = build(family, family.tiny[0])
+    assert torch.isfinite(whole(**whole.example_inputs)).all()
 
 
 def _defaults(name: str) -> dict[str, object]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,20 @@ def test_exact_without_scatter_and_transposes(rows: list[int], turned: bool) -> 
 def test_rows_with_gaps_are_left_and_said(rows: list[int]) -> None:
     report = scatter.run(assigned(rows), PassContext())
     assert (report.applied, [skip.why for skip in report.skipped]) == (0, ["not a pair of assignments"])
+
+
+def test_assignments_one_after_the_other_all_go() -> None:
+    """As index_copy of text, video and sound into one row of tokens is traced."""
+    shape, ends = [TOKENS, HEADS, WIDTH], (0, 3, 9, TOKENS)
+    parts = {f"u{i}": [end - begin, HEADS, WIDTH] for i, (begin, end) in enumerate(pairwise(ends))}
+    rows = {f"rows{i}": np.arange(begin, end)[:, None] for i, (begin, end) in enumerate(pairwise(ends))}
+    chain = ["x", "a", "b", "c"]
+    nodes = [("ScatterND", [chain[i], f"rows{i}", f"u{i}"], chain[i + 1], {}) for i in range(3)]
+    made = graph({"x": shape, **parts}, [*nodes, ("Mul", ["c", "two"], "y", {})], two=np.float32(2), **rows)
+    short = with_form(made, "scatter")
+    assert "ScatterND" not in {node.op for node in short.nodes}
+    assert np.array_equal(*(ort.run(one, feeds(made))["y"] for one in (made, short)))
+    assert scatter.run(short, PassContext()).applied == 0
 
 
 @pytest.mark.skipif(not available(), reason="onnxruntime-qnn is not installed")
