@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vdq_export.sources.families._family import Config, Family, Input, Size, Tiny, text_and_mask
+from vdq_export.sources.families._family import Config, Family, Input, Published, Size, Tiny, text_and_mask
 
 
 def _inputs(config: Config, size: Size) -> dict[str, Input]:
@@ -50,6 +50,7 @@ FAMILY = Family(
     },
     inputs=_inputs,
     fixed=_fixed,
+    published=(Published("Allegro", {}, 2.772e9, 326),),
     tiny=(
         Tiny(
             {

@@ -61,6 +61,7 @@ def rotary_tables(config: Config, t: int, rows: int, columns: int) -> tuple[torc
     return cos, sin
 
 
+_5B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
 _TINY = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "time_embed_dim": 16,
     "text_embed_dim": 32, "num_layers": 2, "sample_width": 8, "sample_height": 8, "sample_frames": 9,
@@ -84,7 +85,19 @@ FAMILY = Family(
     fixed=_fixed,
     beside=_beside,
     frames=_frames,
-    published=(Published("CogVideoX-2b", {}, 1.694e9, 245),),
+    published=(
+        Published("CogVideoX-2b", {}, 1.694e9, 245),
+        Published("CogVideoX-5b", _5B, 5.570e9, 341),
+        Published(
+            "CogVideoX1.5-5B",
+            {
+                **_5B, "patch_size_t": 2, "patch_bias": False, "sample_height": 300, "sample_width": 300,
+                "sample_frames": 81,
+            },
+            5.571e9,
+            342,
+        ),
+    ),
     tiny=(
         Tiny(_TINY, (9, 64, 64)),
         Tiny(_ROTARY, (9, 64, 64), variant="rotary"),

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
-from vdq_export.errors import ModelError
-from vdq_export.sources.families._family import Config, Family, Size, Tiny
+from vdq_export.sources.families._family import Config, Family, Published, Size, Tiny
 
 FPS = 30  # the pipeline's default; positions in time are scaled by it
 
 
 def _fixed(config: Config, size: Size) -> dict[str, Any]:
-    """Frames a second, and a mask [1, 1, height, width] that says that no pixel is padding.
-
-    Raises ModelError where diffusers lacks what it resizes the mask with.
-    """
-    if config.get("concat_padding_mask") and find_spec("torchvision") is None:
-        raise ModelError("the network resizes its padding mask with torchvision", hint="pip install torchvision")
+    """Frames a second, and a mask [1, 1, height, width] that says that no pixel is padding."""
     return {"fps": FPS, "padding_mask": torch.zeros(1, 1, size.height, size.width)}
+
+
+def _prepare(network: torch.nn.Module) -> None:
+    """The channel of the padding mask, resized to the latent's, is zero: diffusers would resize it with torchvision."""
+    config: Any = network.config
+    if config.concat_padding_mask:
+        network.register_to_config(concat_padding_mask=False)  # type: ignore[operator]
+        network.forward = partial(_unpadded, network.forward)
+
+
+def _unpadded(forward: Callable[..., Any], hidden_states: torch.Tensor, **others: Any) -> Any:
+    """`forward` of [B, C, T, H, W] with a channel of zeros behind the others."""
+    return forward(torch.cat([hidden_states, torch.zeros_like(hidden_states[:, :1])], dim=1), **others)
 
 
 def _guided(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:
@@ -43,7 +51,9 @@ FAMILY = Family(
         "final_sigmas_type": "sigma_min",
     },
     fixed=_fixed,
+    prepare=_prepare,
     guided=_guided,
+    published=(Published("Cosmos-1.0-Diffusion-7B-Text2World", {}, 7.236e9, 454),),
     tiny=(
         Tiny(
             {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vdq_export.sources.families._family import Family, Tiny
+from vdq_export.sources.families._family import Family, Published, Tiny
 
 FAMILY = Family(
     name="SkyReelsV2",
@@ -15,6 +15,11 @@ FAMILY = Family(
         "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
         "flow_shift": 8.0,
     },
+    published=(
+        Published(
+            "SkyReels-V2-T2V-14B", {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}, 14.288e9, 406
+        ),
+    ),
     tiny=(
         Tiny(
             {

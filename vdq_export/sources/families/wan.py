@@ -93,7 +93,19 @@ FAMILY = Family(
     published=(
         Published("Wan2.1-T2V-1.3B", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 1.419e9, 306),
         Published("Wan2.1-T2V-14B", _14B, 14.288e9, 406),
+        Published(
+            "Wan2.1-I2V-14B", {**_14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}, 16.395e9, 488
+        ),
+        Published("Wan2.2-T2V-A14B (each expert)", _14B, 14.288e9, 406),
         Published("Wan2.2-I2V-A14B (each expert)", {**_14B, "in_channels": 36}, 14.289e9, 406),
+        Published(
+            "Wan2.2-TI2V-5B",
+            {
+                "num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48,
+            },
+            5.000e9,
+            306,
+        ),
     ),
     tiny=(
         Tiny(_TINY, (5, 64, 64)),
