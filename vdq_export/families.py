@@ -55,7 +55,7 @@ GUIDANCE = 6.0  # embedded guidance where nothing says another
 class Support:
     """What is known of one class. support: "registered" (a file of its own), "generic" (nothing unknown is asked for)
     or "unsupported"; detail: the video it is made for, what is taken, or what is in the way. tried: a tiny
-    configuration is exported in the tests; pipelines: classes it is a drop-in for."""
+    configuration is exported in the tests; pipelines: classes that use it."""
 
     name: str
     class_name: str
