@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests import diffusers_folders as folders
 from tests import text_encoders
 from tests.commands import command
-from vdq_export import recorded
+from vdq_export import on_demand, recorded
 from vdq_export.errors import ModelError
 from vdq_export.recorded import Recorded
 from vdq_export.recording import EMBEDDINGS, record
@@ -196,6 +196,15 @@ def test_code_runs_only_when_it_is_allowed(tmp_path: Path) -> None:
         resolve(folders.spec(tmp_path, steps=1, allow_remote_code=True))
     with _remote_code.allowed():
         assert not any("RANDOM" in note for note in resolve(folders.spec(tmp_path, steps=1)).metadata["notes"])
+
+
+def test_encoders_larger_than_memory_are_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder_of("Wan", "WanPipeline", tmp_path)
+    monkeypatch.setattr(on_demand, "SHARE", 1e-12)
+    notes = resolve(folders.spec(tmp_path, steps=1)).metadata["notes"]
+    assert any("more than half of the memory" in note and "RANDOM" in note for note in notes)
+    with pytest.raises(ModelError, match="record on a larger machine"):
+        resolve(folders.spec(tmp_path, steps=1, prompts=tmp_path / "prompts.txt"))
 
 
 def test_without_transformers_text_is_random_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vdq_export import families
+import psutil
+
+from vdq_export import families, on_demand
 from vdq_export.errors import ModelError
 from vdq_export.sources import _scheduling, _text, _weights
 from vdq_export.sources._weights import Network, read_json
@@ -52,10 +54,20 @@ class Pipeline:
             )
         return ratio * self.horizon
 
+    def too_large_encoders(self) -> str:
+        """What to say where the text encoders do not fit in memory; "" where they do."""
+        places = [self.folder / name for name in _text.parts(self.index or {})]
+        size = sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
+        if size <= on_demand.SHARE * psutil.virtual_memory().available:
+            return ""
+        return f"{self.folder}: text encoders of {size / 1e9:.1f} GB take more than half of the memory that is free"
+
     def encode(self, prompts: Sequence[str], negative: str) -> list[_text.Prompt]:
         """Prompts by the folder's own text encoders. Raises as _text.encode(), and ModelError without any."""
         if not _text.parts(self.index or {}):
             raise ModelError(f"{self.folder} has no text encoder", hint="give --prompt-embeds or --trajectories")
+        if too_large := self.too_large_encoders():
+            raise ModelError(too_large, hint="record on a larger machine, or give --prompt-embeds")
         first = self.networks[0]
         pipelines, tokens = families.of(first.class_name).pipelines, first.config.get("max_text_seq_length")
         return _text.encode(self.folder, self.index or {}, pipelines, prompts, negative, tokens)

@@ -188,6 +188,8 @@ def _prompts(pipeline: Pipeline, options: Options) -> _Prompts:
     missing = next((name for name in parts if not (pipeline.folder / name).is_dir()), None)
     if missing is not None and not asked:
         return _Prompts([], notes=(f"{pipeline.folder / missing} is missing: {_embeddings.RANDOM_NOTE}",))
+    if not asked and (too_large := pipeline.too_large_encoders()):
+        return _Prompts([], notes=(f"{too_large}; record on a larger machine: {_embeddings.RANDOM_NOTE}",))
     try:
         made = pipeline.encode(words, options.negative_prompt or "")
     except MissingToolError as error:
