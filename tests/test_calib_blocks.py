@@ -20,6 +20,7 @@ from vdq_export import pipeline
 from vdq_export.calib import blocks
 from vdq_export.calib.blocks import is_too_large, observe_blocks
 from vdq_export.calib.observe import observe
+from vdq_export.compiler import export
 from vdq_export.contract import PassContext
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Graph
@@ -204,6 +205,49 @@ def test_inputs_that_do_not_fit(tmp_path: Path) -> None:
 def test_a_provider_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="no CUDAExecutionProvider here"):
         by_blocks(cases.graph(), cases.model(), tmp_path, provider="CUDAExecutionProvider")
+
+
+def test_export_by_blocks_is_the_same_bundle(tiny: Model, traced: Graph, tmp_path: Path) -> None:
+    files = []
+    for name, choice in (("whole", False), ("blocks", True)):
+        settings: dict[str, Any] = {"traced": {"": traced.copy()}, "recipe": "static-minmax", "workers": 1}
+        made = export(tiny, out=tmp_path / name, by_blocks=choice, **settings).path
+        files.append({str(f.relative_to(made)): f.read_bytes() for f in sorted(made.rglob("*")) if f.is_file()})
+    assert files[0] == files[1] and len(files[0]) > 4
+
+
+class Denoised:
+    """Trajectories that `network` makes, as those of a folder are."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+
+    def __iter__(self) -> Iterator[Any]:
+        latent, steps = tiny_model.inputs(1, 1000.0)["hidden_states"], list[Step]()
+        for t in (1000.0, 500.0):
+            given = {**tiny_model.inputs(1, t), "hidden_states": latent}
+            steps.append({"t": t, "branch": "cond", "inputs": given})
+            latent = latent - 0.1 * self.network(**given)
+        yield steps
+
+
+def unloadable(**inputs: torch.Tensor) -> torch.Tensor:
+    raise AssertionError("the whole network was loaded")
+
+
+def test_a_network_that_does_not_fit_denoises_by_segments(
+    canonical: Graph, tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = next(iter(Denoised(tiny)))[1]["inputs"]["hidden_states"]
+    model = Model(tiny.module, tiny.example_inputs, Denoised(unloadable), name="tiny")
+    with pytest.raises(CalibrationError, match="room on disk"):
+        blocks.calibrate(canonical, model, None)
+    monkeypatch.setattr(blocks, "is_too_large", lambda graph: True)
+    with WorkStore(tmp_path / "work") as store:
+        record = blocks.calibrate(canonical, model, store)
+    assert record.calls == 2 and record.constant_inputs == ("encoder_hidden_states",)
+    made = next(iter(model.iter_trajectories()))[1]["inputs"]["hidden_states"]
+    assert torch.allclose(made, exact, atol=1e-5) and not torch.equal(made, tiny_model.inputs(1, 1.0)["hidden_states"])
 
 
 def test_what_is_too_large_for_memory(canonical: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
