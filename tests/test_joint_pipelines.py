@@ -39,6 +39,7 @@ def test_a_bundle_stands_in_for_the_network(name: str, tmp_path: Path) -> None:
         assert sqnr_db(expected, actual) >= 30
         pipelines.swap(pipe, network)
         assert float_video.sqnr_db(pipelines.play(pipe, case)) >= 25  # steps and guidance add up what a call loses
+        assert network.statistics.step_runs == 0 < network.statistics.table_hits  # the pipeline's timesteps are ours
 
 
 def same_as_diffusers(network: Any, model: Model, steps: list[dict[str, torch.Tensor]]) -> Any:
