@@ -28,6 +28,9 @@ ONE_THREAD = dict.fromkeys(
 )
 
 
+_GONE = (EOFError, pickle.UnpicklingError)  # what a process reads whose asker has ended, perhaps in mid-question
+
+
 def in_order(
     solve: Callable[..., R],
     tasks: Iterable[T],
@@ -183,20 +186,23 @@ def serve() -> None:
     os.dup2(2, 1)
     try:
         solve, before = pickle.load(questions)
-    except EOFError:
+    except _GONE:
         return
     while True:
         try:
             task = pickle.load(questions)
-        except EOFError:
+        except _GONE:
             return
         try:
             answer = (True, solve(*before, task))
         except Exception as error:
             error.add_note("in a worker process:\n" + traceback.format_exc())
             answer = (False, error)
-        pickle.dump(answer, answers, protocol=5)
-        answers.flush()
+        try:
+            pickle.dump(answer, answers, protocol=5)
+            answers.flush()
+        except BrokenPipeError:
+            return
         del task, answer
 
 

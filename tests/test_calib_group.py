@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -365,3 +366,10 @@ def test_costly_groups_are_kept_and_only_they(
     found = list(solve_groups(costly, Local(1), store))
     assert (store.hits, store.misses) == (2, 4)
     assert all(same(a, b) for a, b in zip(found, serial, strict=True))
+
+
+@pytest.mark.parametrize("asked", [b"", b"\x80\x05\x95\xff", pickle.dumps((abs, ())) + pickle.dumps([1] * 99)[:40]])
+def test_a_process_whose_asker_was_killed_ends_without_a_word(asked: bytes) -> None:
+    command = [sys.executable, "-P", "-m", "vdq_export.calib.workers"]
+    done = subprocess.run(command, input=asked, capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"", b"")
