@@ -201,7 +201,10 @@ def _write(
             "killed processes that had finished units, or were writing graphs",
             str(sum(one != "0 units" for one in seen)),
         ),
-        ("files and folders left behind", str(sum(len(one["left"]) for one in trials))),
+        (
+            "work left beside a bundle that was complete when the kill came",
+            str(sum(bool(one["left"]) for one in trials)),
+        ),
         ("seconds without interruption", f"{seconds:.1f}"),
     ]
     with_store, without = ([one[name] for one in pairs] for name in ("with", "without"))
