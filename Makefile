@@ -30,6 +30,15 @@ bench-handoff: $(READY) aimet
 	$(BIN)/python -m benchmarks.handoff
 	$(BIN)/python -m benchmarks.hexagon_wan
 
+# 44 GB of free disk and about an hour: Wan-14B is exported from 28 GB of random weights.
+bench-scale: $(READY)
+	$(BIN)/python -m benchmarks.support_matrix
+	$(BIN)/python -m benchmarks.hoisting
+	$(BIN)/python -m benchmarks.hoisting_speed
+	$(BIN)/python -m benchmarks.scale_calibration
+	$(BIN)/python -m benchmarks.scale_wan
+	$(BIN)/python -m benchmarks.scale_resume
+
 # AIMET reads our encodings in an environment of its own (2 GB with the CPU wheel of torch).
 aimet: .venv-aimet/.ready
 
@@ -55,4 +64,4 @@ $(HOST): tests/host/package.json tests/host/package-lock.json
 	.venv-aimet/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/aimet/requirements.txt
 	touch .venv-aimet/.ready
 
-.PHONY: demo test test-aimet aimet lint goldens bench bench-fidelity bench-handoff clean
+.PHONY: demo test test-aimet aimet lint goldens bench bench-fidelity bench-handoff bench-scale clean
