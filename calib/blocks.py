@@ -59,7 +59,7 @@ class _Sample:
 
 def is_too_large(graph: Graph, share: float = SHARE) -> bool:
     """Whether the float weights of `graph` exceed this share of the memory that is free now."""
-    return segments.weight_bytes(graph) > share * psutil.virtual_memory().available
+    return bool(segments.weight_bytes(graph) > share * psutil.virtual_memory().available)
 
 
 def calibrate(

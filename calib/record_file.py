@@ -25,7 +25,7 @@ from vdq_export.graph import Array
 
 METADATA = "vdq-calibration"  # one entry only: safetensors writes several in random order
 FORMAT, READABLE = 3, (2, 3)
-_TYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
+_TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
 _NAMES = {kind: name for name, kind in _TYPES.items()}
 
 
