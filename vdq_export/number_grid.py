@@ -16,6 +16,7 @@ from vdq_export.graph import Array, release
 from vdq_export.plan import Grid
 
 E2M1_QMAX = 12  # twice the largest element, 6
+_TILE = 64  # rows and columns transposed at a time
 _CHUNK = 1 << 19  # weights converted at a time: the intermediate floats stay in cache
 
 
@@ -49,12 +50,14 @@ def quantize(weight: Array, scale: Array, qmax: int, grid: Grid = "int", dtype: 
     group = len(weight) // len(rows)
     by_column = weight.flags.f_contiguous and not weight.flags.c_contiguous
     if by_column:
-        step = max(1, _CHUNK // max(1, len(weight)))
+        step = max(_TILE, _CHUNK // max(1, len(weight)) // _TILE * _TILE)
         for start in range(0, weight.shape[1], step):
             part = slice(start, start + step)
             # Transposed: rows of memory then are output channels, each with its groups one behind the other.
             chunk = weight[:, part].T / _spread(rows[:, part].T, group, axis=1)
-            q[:, part] = nearest(chunk, qmax, grid).T.astype(q.dtype)
+            codes = nearest(chunk, qmax, grid).astype(q.dtype)
+            for row in range(0, len(weight), _TILE):  # a transpose of whole columns would miss the cache at every byte
+                q[row : row + _TILE, part] = codes[:, row : row + _TILE].T
     else:
         unit = group if len(rows) > 1 else 1
         step = unit * max(1, _CHUNK // max(1, weight.shape[1] * unit))
