@@ -211,4 +211,9 @@ def _unpacked(stored: _Packed) -> dict[Slot, Statistics]:
         np.split(array, np.cumsum(lengths)[:-1]) for array, lengths in zip(stored.arrays, stored.lengths.T, strict=True)
     ]
     made = zip(stored.slots, stored.counts, zip(*pieces, strict=True), strict=True)
-    return {Slot(t, branch): Statistics(*arrays, count=n, calls=k) for (t, branch), (n, k), arrays in made}
+    return {Slot(t, branch): _statistics(arrays, *counts) for (t, branch), counts, arrays in made}
+
+
+def _statistics(arrays: Sequence[Array], count: int, calls: int) -> Statistics:
+    lo, hi, peak, rows, keys, top, norms = arrays
+    return Statistics(lo, hi, peak, rows, keys, top, norms, count, calls)
