@@ -47,7 +47,8 @@ class Stored:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(TYPES[self.kind])
+        found: np.dtype[Any] = np.dtype(TYPES[self.kind])
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -163,7 +164,7 @@ def _digest(name: str, stored: Stored) -> bytes:
     with stored.file.open("rb", buffering=0) as stream:
         stream.seek(stored.offset)
         while left:
-            got = stream.readinto(memoryview(buffer)[:left])  # type: ignore[attr-defined]
+            got = stream.readinto(memoryview(buffer)[:left])
             # A short read may end inside a number; what it misses comes with the next one.
             while got % stored.dtype.itemsize and got < left:
                 more = stream.read(stored.dtype.itemsize - got % stored.dtype.itemsize)

@@ -21,7 +21,7 @@ SHARE = 0.5  # of the memory that is free: activations need the rest, and a mach
 
 def fits(checkpoint: Checkpoint) -> bool:
     """Whether all weights, in float32, can be held beside what computing with them takes."""
-    return checkpoint.nbytes_computed <= SHARE * psutil.virtual_memory().available
+    return bool(checkpoint.nbytes_computed <= SHARE * psutil.virtual_memory().available)
 
 
 def on_demand(module: torch.nn.Module, checkpoint: Checkpoint, name: str) -> None:

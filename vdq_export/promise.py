@@ -20,10 +20,10 @@ import onnx_graphsurgeon as gs  # noqa: TID251  (its constants hold these)
 from vdq_export.errors import ModelError, PassError
 
 Array = np.ndarray[Any, Any]
-Lazy = gs.ir.tensor.LazyValues  # what graphsurgeon reads on first use, and then keeps
+Lazy: Any = gs.ir.tensor.LazyValues  # what graphsurgeon reads on first use, and then keeps
 
 
-class Promise(Lazy):  # type: ignore[misc]  # untyped there
+class Promise(gs.ir.tensor.LazyValues):  # type: ignore[misc]  # untyped there
     """change(values) of `shape` and `dtype`, by default those of values, computed when it is read.
 
     identity: a hash that promises of equal values alone have in common, where what they are made of has one.
@@ -80,7 +80,7 @@ class Promise(Lazy):  # type: ignore[misc]  # untyped there
 _PLAIN: Mapping[Any, str] = {np.asarray: "as it is", np.transpose: "transposed"}
 
 
-class Unbound(Lazy):  # type: ignore[misc]  # untyped there
+class Unbound(gs.ir.tensor.LazyValues):  # type: ignore[misc]  # untyped there
     """Values of parameter `path`, which only bind() supplies."""
 
     def __init__(self, path: str, shape: Sequence[int], dtype: Any) -> None:

@@ -197,8 +197,8 @@ class WeightStore:
 
 def packed_bytes(values: Any, data_type: int) -> int:
     """Bytes of an array or a promise in ONNX raw-data form."""
-    size = prod(values.shape)
-    return (size + 1) // 2 if data_type in FOUR_BIT else size * values.dtype.itemsize
+    size: int = prod(values.shape)
+    return (size + 1) // 2 if data_type in FOUR_BIT else size * int(values.dtype.itemsize)
 
 
 def _packed_chunks(array: Array, data_type: int) -> Iterator[bytes]:
@@ -231,7 +231,8 @@ def _unpack_four_bit(packed: Array, shape: tuple[int, ...], dtype: Any) -> Array
     nibbles[0::2], nibbles[1::2] = packed & 0x0F, packed >> 4
     if np.dtype(dtype).name == "int4":  # held with its sign in all eight bits
         nibbles = ((nibbles.view(np.int8) << 4) >> 4).view(np.uint8)
-    return nibbles[: prod(shape)].view(dtype).reshape(shape)
+    values: Array = nibbles[: prod(shape)].view(dtype).reshape(shape)
+    return values
 
 
 def _worth_moving(tensor: onnx.TensorProto) -> bool:
