@@ -83,7 +83,8 @@ def test_weights_are_stored_once(exported: Path) -> None:
     """Two bins: the second one's graph adds its own scales, not its own weights."""
     bundle = Bundle.open(exported)
     weights = sum(e.size for e in bundle.manifest.files if e.path.endswith("weights.bin"))
-    each = [x.shape[0] * x.shape[1] * (1 if x.quantized else 4) for x in bundle.plan.layers]  # hoisted ones may be float
+    # Hoisted ones may be float.
+    each = [x.shape[0] * x.shape[1] * (1 if x.quantized else 4) for x in bundle.plan.layers]
     own = [size for size in each if size >= INLINE_BYTES]
     assert sum(own) <= weights < 1.5 * sum(own)
 
