@@ -5,8 +5,9 @@ Legend: m, n masks (0 or 1); i, j integers; a, b scalars. What decides a Where b
     Where(m, a, b)                ->  Add(Mul(m', a - b), b)              Cast(m, to float)  ->  m'
     And(m, n), Or(m, n), Not(m)   ->  Mul(m', n'), Max(m', n'), Sub(1, m')
     i >= j, i > j                 ->  Clip(2·(i' - j') + 1.5, 0, 1), Clip(2·(i' - j') - 0.5, 0, 1); <=, < the other way
-    Cast(i, to bool)              ->  Clip(i', 0, 1)
+    i == j, Cast(i, to bool)      ->  Clip(1.5 - 2·|i' - j'|, 0, 1), Clip(i', 0, 1)
     m[..., k] = True              ->  Max(m', K)                          K constant: 1 where it is assigned
+    Pad(m, constant)              ->  Concat(C, m', C)                    C constant
 
 and sums and layout changes of integers or booleans the same of floats. Exact for integers below 2^23 and, in the last
 Cast, not below zero; comparisons keep half a unit of distance, so that rounding to 16 bits does not decide them. NPUs
@@ -81,6 +82,8 @@ class _Masks:
         node = value.inputs[0]
         if node.op == "ScatterElements":
             return self._assigned(node)
+        if node.op == "Pad":
+            return self._padded(node)
         count = {"Concat": len(node.inputs), "Not": 1, "Cast": 1}.get(node.op, 2)
         if node.op in _SAME and node.op not in ("Add", "Sub", "Mul", "Concat"):
             count = 1
@@ -98,6 +101,9 @@ class _Masks:
             left, right = operands if node.op.startswith("Greater") else operands[::-1]
             apart = self._node("Sub", [left, right], node, shape)
             return self._clipped(self.scaled(apart, 2.0, _MARGIN[node.op], node), node)
+        if node.op == "Equal":
+            apart = self._node("Abs", [self._node("Sub", operands, node, shape)], node, shape)
+            return self._clipped(self.scaled(apart, -2.0, 1.5, node), node)
         if node.op == "Not":
             return self._node("Sub", [self._number(1.0, node), first], node, shape)
         op = {"And": "Mul", "Or": "Max"}.get(node.op, node.op if node.op in _SAME else "")
@@ -113,6 +119,24 @@ class _Masks:
         np.put_along_axis(where, indices.values, 1.0, node.attrs.get("axis", 0))
         fixed = self._graph.constant(self._graph.fresh(f"{node.name}.assigned"), where)
         return first if isinstance(first, str) else self._node("Max", [first, fixed], node, data.shape)
+
+    def _padded(self, node: Node) -> Value | str:
+        given = [value for value in node.inputs[1:] if value.name]
+        if node.attrs.get("mode", "constant") != "constant" or len(given) > 2 or not all(map(is_constant, given)):
+            return f"{node.name} does not pad every axis with a constant"
+        made, fill = self.of(node.inputs[0]), float(given[1].values) if len(given) > 1 else 0.0
+        for axis, sides in enumerate(zip(*np.split(given[0].values, 2), strict=True)):
+            for place, count in enumerate(map(int, sides)):
+                if isinstance(made, str) or count < 0:
+                    return made if isinstance(made, str) else f"{node.name} cuts off"
+                made = self._beside(made, axis, count, fill, node, after=place == 1) if count else made
+        return made
+
+    def _beside(self, value: Value, axis: int, count: int, fill: float, node: Node, *, after: bool) -> Value:
+        shape = [count if index == axis else size for index, size in enumerate(value.shape)]
+        block = self._graph.constant(self._graph.fresh(f"{node.name}.fill"), np.full(shape, fill, np.float32))
+        shape[axis] += value.shape[axis]
+        return self._node("Concat", [value, block] if after else [block, value], node, shape, {"axis": axis})
 
     def _clipped(self, value: Value, node: Node) -> Value:
         return self._node("Clip", [value, self._number(0.0, node), self._number(1.0, node)], node, value.shape)

@@ -71,7 +71,24 @@ def counted(op: str) -> Graph:
                   never=np.zeros_like(places, bool))  # fmt: skip
 
 
-CASES = {"refiner": refiner(), **{op: counted(op) for op in float_masks._MARGIN}}
+def padded() -> Graph:
+    """HunyuanVideo 1.5's: every video token counts, before the prompt's; two that never do are behind."""
+    nodes: list[NodeSpec] = [
+        ("Cast", ["mask"], "keys", {"to": BOOL}),
+        ("Pad", ["keys", "before", "true"], "all", {}),
+        ("Pad", ["all", "behind"], "m", {}),
+    ]
+    return masked(nodes, (1, TEXT, TOKENS + TEXT + 2), before=np.array([0, TOKENS, 0, 0]),
+                  behind=np.array([0, 0, 0, 2]), true=np.array(True))  # fmt: skip
+
+
+def equal() -> Graph:
+    """HunyuanVideo 1.5's: a token counts where its number is that of the mask."""
+    nodes: list[NodeSpec] = [("Equal", ["mask", "one"], "m", {})]
+    return masked(nodes, (1, TEXT, TEXT), one=np.array(1))
+
+
+CASES = {"refiner": refiner(), "padded": padded(), "equal": equal(), **{op: counted(op) for op in float_masks._MARGIN}}
 
 
 def feeds(made: Graph, kept: int) -> dict[str, Array]:

@@ -69,8 +69,7 @@ def cli() -> None:
       vdq-export verify bundle                      compare it with the float model
       vdq-export package.module:factory --out DIR   compile your own model
 
-    MODEL is sample:NAME, a folder of a diffusers pipeline or transformer, an .onnx file with --trajectories, or
-    package.module:factory (a function that returns a vdq_export.Model).
+    MODEL is sample:NAME, a diffusers folder, an .onnx file, or package.module:factory (returns a vdq_export.Model).
     """
 
 

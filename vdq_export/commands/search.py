@@ -9,7 +9,7 @@ from vdq_export import auto, recipe_toml
 from vdq_export.errors import RecipeError
 from vdq_export.progress import Reporter
 
-SEARCHED = ("calibration", "save_calibration", "optimal_bins", "tsw", "isa", "workers", "work")
+SEARCHED = ("calibration", "save_calibration", "optimal_bins", "hoist", "by_blocks", "tsw", "isa", "workers", "work")
 
 
 def resolve(model: str, choices: dict[str, Any], reporter: Reporter) -> tuple[dict[str, Any], auto.Found | None]:
