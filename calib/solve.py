@@ -6,7 +6,9 @@ Deterministic; the groups of layers that read one value are independent and solv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,13 +66,20 @@ def solve(
     formats |= {name: hoisted() for name in ahead}
     ranks = low_rank.choose_ranks([x for x in linears if x.name not in ahead], recipe.low_rank)
     groups = [*grouped.items(), *by_value([x for x in linears if x.name in ahead], values).items()]
+    # Without a quantizer to share, a layer is a group of its own: all blocks read the prompt.
+    groups = [
+        (name, part)
+        for name, members in groups
+        for part in ([[x] for x in members] if formats[members[0].name].activation.dtype == "float" else [members])
+    ]
 
-    def tasks() -> Iterator[GroupTask]:
-        for name, members in groups:
-            yield _task(draft, record, name, members, formats, ranks)
+    def task(group: tuple[str, list[Linear]]) -> GroupTask:
+        return _task(draft, record, *group, formats, ranks)
 
+    # Without data, making a task is reading its weights and solving it next to nothing.
+    tasks = map(task, groups) if record.has_data else _made_ahead(task, groups)
     layers, tensors, done = {layer.name: layer for layer in draft.layers}, dict[str, Array](), 0
-    for (_, members), result in zip(groups, solve_groups(tasks(), engine, store), strict=True):
+    for (_, members), result in zip(groups, solve_groups(tasks, engine, store), strict=True):
         for linear, weights in zip(members, result.layers, strict=True):
             layers[linear.name] = _complete(
                 layers[linear.name], formats[linear.name], weights, result.ranges, result.dynamic
@@ -80,6 +89,20 @@ def solve(
             if progress is not None:
                 progress(done, len(linears))
     return Solved(replace(draft, layers=tuple(layers.values()), draft=False), tensors)
+
+
+def _made_ahead(
+    make: Callable[[tuple[str, list[Linear]]], GroupTask], groups: Sequence[tuple[str, list[Linear]]], threads: int = 2
+) -> Iterator[GroupTask]:
+    """make() of each group, in order, the next `threads` ones while the caller works on what it has."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque[Future[GroupTask]]()
+        for group in groups:
+            waiting.append(pool.submit(make, group))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def at_precision(plan: QuantPlan, record: CalibrationRecord, spec: TargetSpec, bits: int, first: int) -> QuantPlan:

@@ -95,11 +95,11 @@ def export(
     reporter = reporter or Reporter()
     place = at_work(out, work=work, engine=engine, workers=choices.get("workers"))
     with BundleWriter(out, force=force) as writer, place as settled:  # a taken folder is refused before hours of work
-        told = {"dump": dump, "reporter": reporter}
-        planned = make_plan(model, target=target, tsw=tsw, recipe=recipe, work=settled, **told, **choices)
+        choices |= {"dump": dump, "reporter": reporter, "work": settled}
+        planned = make_plan(model, target=target, tsw=tsw, recipe=recipe, **choices)
         if settled.store is not None and settled.store.hits:
             reporter.warn(f"{settled.store.hits} results of finished work were taken from {settled.store.folder}")
-        return finish(planned, writer, strict=strict, **told)
+        return finish(planned, writer, strict=strict, dump=dump, reporter=reporter)
 
 
 def make_plan(
