@@ -24,6 +24,7 @@ from vdq_export.calib.observe import LIMIT, ROWS, check_outputs, observed_values
 from vdq_export.calib.record import CalibrationRecord, Slot, ValueRecord, denoising_order
 from vdq_export.calib.statistics import TOP, Observed, Seen
 from vdq_export.calib.trajectories import Runs, digest
+from vdq_export.engine import cores
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array, Graph
 from vdq_export.model import Model, Trajectory
@@ -74,7 +75,7 @@ def calibrate(
             "calibrating segment by segment needs room on disk for what crosses", hint="give --work DIR"
         )
     if is_too_large(graph) and hasattr(model.trajectories, "network"):
-        model.trajectories.network = SegmentedNetwork(graph, store=store)
+        model.trajectories.network = SegmentedNetwork(graph, store=store, threads=cores())
     return observe_blocks(graph, model, store, progress=progress)
 
 
@@ -98,6 +99,7 @@ def observe_blocks(
     not there.
     """
     segments.check_provider(provider)
+    threads = threads or cores()  # said, as observe() does
     graph_hash = graph.hash()
     watched = observed_values(graph)
     samples = list(_samples(graph, graph_hash, model, store))
@@ -305,7 +307,9 @@ class _Job:
             finals = [str(one.name) for one in self.graph.gs.outputs if one.name in segment.outputs]
             check_outputs(values, finals, call.slot)
             later = [name for name in segment.outputs if name in self._last_read]
-            crossing.append({name: _put(self.store, self.key, values[name], stored) for name in later})
+            # Of this segment alone: a later one may make an equal array, which must stay when this one is forgotten.
+            owner = f"{self.key}.{segment.number}"
+            crossing.append({name: _put(self.store, owner, values[name], stored) for name in later})
             seen.calls += 1
             tick()
         seen.constant = [sample.constant]
