@@ -37,6 +37,7 @@ Progress = Callable[[int, int | None], None]  # calls done, calls in all where t
 ROWS = 64  # sampled token rows a value and slot
 LIMIT = 512 * 2**20  # bytes of observed values a session returns
 WORTH = 10  # what was seen is kept where that takes less than one in WORTH of the time since it last was
+MOST = 2**30  # bytes of it that are kept: keeping takes a few times that in memory, and MessagePack ends at 4 GiB
 
 
 def observe(
@@ -148,13 +149,13 @@ class _Kept:
             yield number, trajectory
 
     def add(self, one: Seen) -> None:
-        """The next trajectory's. It is kept unless keeping it would take long in comparison with making it."""
+        """The next trajectory's. It is kept unless that takes long in comparison with making it, or much memory."""
         self.seen.add(one, self._rows)
         if self._store is None:
             return
         self._link = self._links.popleft()
         began = time.monotonic()
-        if began - self._last >= WORTH * self._cost:
+        if began - self._last >= WORTH * self._cost and self.seen.nbytes <= MOST:
             self._store.put(self._identity, work_store.encode((self._link, self.seen.to_bytes())))
             self._last = time.monotonic()
             self._cost = self._last - began

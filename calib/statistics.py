@@ -107,6 +107,12 @@ class Seen:
     def slots(self) -> tuple[Slot, ...]:
         return tuple(sorted(next(iter(self.values.values()), {}), key=denoising_order))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all statistics."""
+        every = (one for slots in self.values.values() for one in slots.values())
+        return sum(int(getattr(one, name).nbytes) for one in every for name in _ARRAYS)
+
     def record(self, one: Observed) -> ValueRecord:
         """What a record holds of one value, over all slots."""
         found = [self.values[one.name][slot] for slot in self.slots]
