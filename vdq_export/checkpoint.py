@@ -22,6 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from vdq_export.errors import ModelError
+from vdq_export.external_data import open_many_files
 from vdq_export.graph import Array
 
 TYPES: Mapping[str, Any] = {
@@ -72,6 +73,7 @@ class Checkpoint(Mapping[str, Array]):
         self.tensors = dict(tensors)
         self.aliases = dict(aliases or {})
         self._mapped: dict[str, Array] = {}
+        open_many_files()
 
     @staticmethod
     def open(files: Iterable[Path]) -> Checkpoint:
@@ -168,8 +170,12 @@ def _digest(name: str, stored: Stored) -> bytes:
             # A short read may end inside a number; what it misses comes with the next one.
             while got % stored.dtype.itemsize and got < left:
                 more = stream.read(stored.dtype.itemsize - got % stored.dtype.itemsize)
+                if not more:
+                    break
                 buffer[got : got + len(more)] = more
                 got += len(more)
+            if not got or got % stored.dtype.itemsize:
+                raise ModelError(f"{stored.file} was cut short while it was read", hint="fetch it again")
             piece = memoryview(buffer)[:got]
             digest.update(piece)
             if stored.kind in _EXPONENT and not _finite(piece, stored):

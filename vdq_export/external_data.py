@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,21 @@ import numpy as np
 import onnx
 
 FOUR_BIT = ("int4", "uint4", "float4_e2m1fn")
+FILES = 10_240  # open at a time, where the system names no limit
 Array = np.ndarray[Any, Any]
+
+
+@cache
+def open_many_files() -> None:
+    """Let this process have as many files open as it may at all: a mapping keeps its file open, and large models have
+    more tensors than the 1024 files that are usual."""
+    with suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = FILES if hard == resource.RLIM_INFINITY else hard
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def placeholder(name: str, values: Array) -> onnx.TensorProto:
@@ -37,6 +53,7 @@ def map_external(tensor: onnx.TensorProto, folder: Path) -> Array:
     if dtype.name in FOUR_BIT:  # two to a byte in the file, one in an array
         unpacked: Array = onnx.numpy_helper.to_array(tensor, str(folder))
         return unpacked
+    open_many_files()
     return np.memmap(
         folder / entries["location"],
         dtype=dtype,

@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 
 from vdq_export.errors import BundleError
+from vdq_export.external_data import open_many_files
 from vdq_export.promise import Arrays, Promise, ahead, read, release
 
 INLINE_BYTES = 1024  # smaller constants stay in the .onnx file
@@ -29,6 +30,7 @@ PAGE = 4096
 PAGED_BYTES = 16 * PAGE  # below that, page alignment would waste more than it gives: align to a cache line
 LINE = 64
 CHUNK_BYTES = 1 << 24
+AHEAD = 4  # promises computed meanwhile: one of a 14 B model takes up to a gigabyte
 _END = 64  # bytes at both ends of each chunk, by which tensors that may be equal are found
 FOUR_BIT = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1}
 
@@ -59,6 +61,7 @@ class WeightStore:
         self._digest = hashlib.sha256()
         self._by_ends: dict[bytes, list[Stored]] = {}
         self._by_identity: dict[tuple[int, int], tuple[weakref.ref[Any], Stored]] = {}
+        open_many_files()
 
     def __enter__(self) -> WeightStore:
         return self
@@ -92,7 +95,7 @@ class WeightStore:
                 _check_type(tensor, values)
                 moved.append((tensor, values))
         new = {(id(v), t.data_type): v for t, v in moved if self._known(v, t.data_type) is None}
-        computed = ahead(list(new.values()), threads=os.cpu_count() or 1)
+        computed = ahead(list(new.values()), threads=min(AHEAD, os.cpu_count() or 1))
         for tensor, values in moved:
             array = None if new.pop((id(values), tensor.data_type), None) is None else next(computed)
             _clear_data(tensor)
