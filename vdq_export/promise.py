@@ -50,9 +50,10 @@ class Promise(gs.ir.tensor.LazyValues):  # type: ignore[misc]  # untyped there
             self.identity = hashlib.sha256(what + known).digest()
 
     def load(self) -> Array:
+        made_of = self._values  # before it is asked: another thread's settle() sets _kept first
         if self._kept is not None:
             return self._kept()
-        values = read(self._values)
+        values = read(made_of)
         changed = self._change(values).astype(self.dtype, copy=False)
         release(values)
         return changed
