@@ -41,8 +41,8 @@ def at_work(
         if work is None and out is None:
             yield Work(running)
             return
-        beside = Path(out).with_name(f"{Path(out).name}.work") if out is not None else Path()
-        with WorkStore(work or beside) as store:
+        place = Path(os.path.abspath(out or ""))  # noqa: PTH100  (of a link, the link; of "." its name)
+        with WorkStore(work or place.parent / f"{place.name}.work") as store:
             yield Work(running, store)
             if work is None:
                 store.clear()
