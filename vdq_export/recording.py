@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from safetensors import SafetensorError
 
 from vdq_export import recorded, sources
 from vdq_export.errors import ModelError
@@ -65,6 +66,8 @@ def record(
     text_s = 0.0
     if embeds is None:
         embeds = out / EMBEDDINGS
+        if not (out / recorded.SETTINGS).is_file():  # cut short before it was written of what they are
+            embeds.unlink(missing_ok=True)
         if not embeds.is_file():
             with reporter.stage("encode text"):
                 encoded = _pipeline.read(folder).encode(words, negative)
@@ -111,7 +114,8 @@ def _check_same(out: Path, asked: Settings) -> None:
     if not out.exists():
         return
     held = Settings.read(out) if out.is_dir() else None
-    unfinished = out.is_dir() and all(one.name == EMBEDDINGS.parts[0] for one in out.iterdir())
+    begun = {EMBEDDINGS.parts[0], f"{recorded.SETTINGS}.part"}
+    unfinished = out.is_dir() and {one.name for one in out.iterdir()} <= begun
     if held is None and not unfinished:
         raise ModelError(f"{out} is there and holds no recordings", hint="choose another --out")
     if held is not None and msgspec.structs.replace(held, frames=0, height=0, width=0) != asked:
@@ -127,5 +131,7 @@ def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(part)
         part.replace(path)
+    except SafetensorError as error:
+        raise ModelError(f"cannot write {path}: {error}", hint="a full disk?") from error
     finally:
         part.unlink(missing_ok=True)
