@@ -210,6 +210,8 @@ def _part(folder: Path, name: str, entry: Sequence[Any], library: Any) -> Any:
     if kind is None:
         raise ModelError(f"{folder}: the installed transformers has no {kind_name}", hint="give --prompt-embeds")
     arguments: dict[str, Any] = {"local_files_only": True}
+    if origin == "transformers":
+        arguments["trust_remote_code"] = False  # unsaid, transformers asks whoever sits at the terminal
     if name.startswith("text_encoder"):
         pickles = sorted(one.name for pattern in ("*.bin", "*.pt", "*.pth") for one in place.glob(pattern))
         if pickles and not any(place.glob("*.safetensors")):

@@ -126,7 +126,8 @@ def _class(config: Mapping[str, Any], path: Path) -> Any:
     import diffusers.models.transformers as transformers
 
     if "auto_map" in config:
-        module, _, kind = str(next(iter(dict(config["auto_map"]).values()))).rpartition(".")
+        named = config["auto_map"]
+        module, _, kind = str(next(iter(named.values()), "") if isinstance(named, dict) else named).rpartition(".")
         return _remote_code.load(path.parent, module, kind, path)
     if "quantization_config" in config:
         raise ModelError(f"{path} describes quantized weights", hint="give the original, unquantized model")
