@@ -1,4 +1,4 @@
-"""`python -m benchmarks scale-resume`: an export that is killed at random moments, again and again.
+"""`python -m benchmarks.scale_resume`: an export that is killed at random moments, again and again.
 
 The digits sample with few calibration cases, --tsw 4, recipe svdquant-gptq (calibration, then groups of layers whose
 solving is worth keeping). Three things are measured:

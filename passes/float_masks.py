@@ -9,9 +9,9 @@ Legend: m, n masks (0 or 1); i, j integers; a, b scalars. What decides a Where b
     m[..., k] = True              ->  Max(m', K)                          K constant: 1 where it is assigned
     Pad(m, constant)              ->  Concat(C, m', C)                    C constant
 
-and sums and layout changes of integers or booleans the same of floats. Exact for integers below 2^23 and, in the last
-Cast, not below zero; comparisons keep half a unit of distance, so that rounding to 16 bits does not decide them. NPUs
-that compute in 8 and 16 bits have no booleans: Hexagon's compiler refuses ScatterElements and high-rank Expand of them.
+and sums and layout changes of integers or booleans the same of floats. Exact for integers below 2^23 (in Cast: not
+below zero); comparisons keep half a unit of distance, so that rounding to 16 bits does not decide them. Hexagon's
+compiler refuses ScatterElements and high-rank Expand of booleans.
 """
 
 from __future__ import annotations
@@ -80,10 +80,8 @@ class _Masks:
             name = self._graph.fresh(f"{value.name}/Cast")
             return self._graph.add_node("Cast", [value], name, dtype=np.float32, shape=value.shape, attrs=attrs)
         node = value.inputs[0]
-        if node.op == "ScatterElements":
-            return self._assigned(node)
-        if node.op == "Pad":
-            return self._padded(node)
+        if node.op in ("ScatterElements", "Pad"):
+            return self._padded(node) if node.op == "Pad" else self._assigned(node)
         count = {"Concat": len(node.inputs), "Not": 1, "Cast": 1}.get(node.op, 2)
         if node.op in _SAME and node.op not in ("Add", "Sub", "Mul", "Concat"):
             count = 1
@@ -121,11 +119,12 @@ class _Masks:
         return first if isinstance(first, str) else self._node("Max", [first, fixed], node, data.shape)
 
     def _padded(self, node: Node) -> Value | str:
-        given = [value for value in node.inputs[1:] if value.name]
-        if node.attrs.get("mode", "constant") != "constant" or len(given) > 2 or not all(map(is_constant, given)):
+        given = {place: value for place, value in enumerate(node.inputs) if value.name}
+        constant = all(is_constant(given[place]) for place in (1, 2) if place in given)
+        if node.attrs.get("mode", "constant") != "constant" or 3 in given or not constant:
             return f"{node.name} does not pad every axis with a constant"
-        made, fill = self.of(node.inputs[0]), float(given[1].values) if len(given) > 1 else 0.0
-        for axis, sides in enumerate(zip(*np.split(given[0].values, 2), strict=True)):
+        made, fill = self.of(node.inputs[0]), float(given[2].values) if 2 in given else 0.0
+        for axis, sides in enumerate(zip(*np.split(given[1].values, 2), strict=True)):
             for place, count in enumerate(map(int, sides)):
                 if isinstance(made, str) or count < 0:
                     return made if isinstance(made, str) else f"{node.name} cuts off"

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="onnxruntime-qnn is not 
 APART_DB = 1.0  # between emulator and exact evaluation, each against the float model
 LEAST_DB = 35.0  # Mochi has 37 on either side, the others 44 to 48; a value without resolution costs 10 and more
 
-# The network looks whether its image is all zeros (ReduceMax of floats) and masks it then: no form without booleans yet.
+# The network looks whether its image is all zeros (ReduceMax of floats), and masks it then: that has no form in floats.
 LEFT = {"HunyuanVideo-1.5-image": ("Pad transformer_blocks.0.attn/Pad", "Pad transformer_blocks.1.attn/Pad")}
 
 

@@ -155,8 +155,8 @@ def finish(
     """From plan to bundle: quantize every bin's graph into `writer` and commit it. Raises PassError with `strict`."""
     reporter = reporter or Reporter()
     reports, graphs = quantize(planned, writer, dump=dump, reporter=reporter)
-    hoisted = hoisting_parts.write(planned, writer, reporter)
-    _tell(planned.reports + reports, strict, reporter)
+    hoisted, told = hoisting_parts.write(planned, writer, reporter)
+    _tell(planned.reports + reports + told, strict, reporter)
     if planned.spec.hand_off:
         hand_off.write(writer, graphs, planned.spec, strict=strict, reporter=reporter)
     if (extra := _own_weights(planned)) > 0:

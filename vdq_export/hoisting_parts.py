@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from vdq_export import hoisting, pipeline, weight_order
 from vdq_export.bundle_writer import BundleWriter
-from vdq_export.contract import PassContext
+from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph
 from vdq_export.plan import HoistedPart
 from vdq_export.planned import Part, Planned
@@ -20,18 +20,21 @@ from vdq_export.report.hoisting import HOISTING, HoistingReport, NetworkReport, 
 from vdq_export.schedule import Hoisted
 
 
-def write(planned: Planned, writer: BundleWriter, reporter: Reporter) -> tuple[Hoisted, ...]:
-    """Write the parts of every set of weights and the report of them, which is told; the schedule's entries."""
-    entries, networks = list[Hoisted](), list[NetworkReport]()
+def write(planned: Planned, writer: BundleWriter, reporter: Reporter) -> tuple[tuple[Hoisted, ...], list[PassReport]]:
+    """Write the parts of every set of weights and the report of them, which is told.
+
+    Returns the schedule's entries and what the passes did.
+    """
+    entries, networks, passes = list[Hoisted](), list[NetworkReport](), list[PassReport]()
     for part in planned.parts:
         if part.hoisted is not None and part.hoisted.ahead():
             name = _name(part, planned)
-            entries.append(_write(part, name, writer))
+            entries.append(_write(part, name, writer, passes))
             networks.append(_report(part.hoisted, name))
             reporter.note(networks[-1].in_words())
     if networks:
         writer.add_file(HOISTING, HoistingReport(networks=tuple(networks)).to_json())
-    return tuple(entries)
+    return tuple(entries), passes
 
 
 def _name(part: Part, planned: Planned) -> str:
@@ -41,11 +44,12 @@ def _name(part: Part, planned: Planned) -> str:
     return plan.expert if alone else ".".join(filter(None, (plan.expert, plan.bins[0].name)))
 
 
-def _write(part: Part, name: str, writer: BundleWriter) -> Hoisted:
+def _write(part: Part, name: str, writer: BundleWriter, passes: list[PassReport]) -> Hoisted:
     assert part.hoisted is not None
     paths = dict[HoistedPart, str]()
     for kind, graph in part.hoisted.ahead().items():
-        quantized = _quantized(graph, part)
+        quantized, told = _quantized(graph, part)
+        passes += told
         paths[kind] = writer.add_graph(f"{kind}.{name}" if name else kind, *quantized.skeleton())
     timesteps = tuple(sorted({t for plan in part.plans for one in plan.bins for t in one.steps}, reverse=True))
     tables = ""
@@ -62,14 +66,14 @@ def _write(part: Part, name: str, writer: BundleWriter) -> Hoisted:
     )
 
 
-def _quantized(graph: Graph, part: Part) -> Graph:
+def _quantized(graph: Graph, part: Part) -> tuple[Graph, list[PassReport]]:
     """Weights of the planned linears as 8-bit integers. Without a target: onnxruntime on the host runs this graph."""
     quantized, plan = graph.copy(), part.plans[0]
     here = {linear.name for linear in quantized.linears()}
     mine = msgspec.structs.replace(plan, layers=tuple(one for one in plan.layers if one.name in here), values=())
-    pipeline.run_passes(quantized, ("quantize_weights",), PassContext(mine, None, None, part.tensors))
+    told = pipeline.run_passes(quantized, ("quantize_weights",), PassContext(mine, None, None, part.tensors))
     weight_order.dequantize_late(quantized)
-    return quantized
+    return quantized, told
 
 
 def _report(hoisted: hoisting.Hoisted, name: str) -> NetworkReport:

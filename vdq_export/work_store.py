@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import importlib.metadata
+import importlib
 import os
 import platform
 import re
@@ -34,7 +34,9 @@ from vdq_export.errors import VdqError
 T = TypeVar("T")
 FORMAT = 1  # of the entries
 _CHECKSUM = hashlib.sha256().digest_size
-_COMPUTE = ("numpy", "onnxruntime", "torch")  # libraries whose versions decide last bits
+_COMPUTE = ("diffusers", "numpy", "onnxruntime", "torch")  # libraries whose versions decide last bits
+# In a checkout these are folders beside the package.
+_PACKAGES = ("vdq_export", *(f"vdq_export.{name}" for name in ("calib", "passes", "samples", "targets")))
 _ARRAY = 1  # msgpack's number for our extension
 
 
@@ -167,14 +169,13 @@ def key(*parts: Any) -> str:
 @cache
 def code_version() -> str:
     """Hash of this package's sources and the versions of what they compute with."""
-    import vdq_export.calib
-
+    packages = [importlib.import_module(name) for name in _PACKAGES]
     digest = hashlib.sha256()
-    for folder in sorted({*vdq_export.__path__, *vdq_export.calib.__path__}):
+    for folder in sorted({folder for package in packages for folder in package.__path__}):
         for place in sorted(Path(folder).rglob("*.py")):
             digest.update(place.relative_to(folder).as_posix().encode() + b"\0" + place.read_bytes() + b"\0")
     for name in _COMPUTE:
-        digest.update(f"{name} {importlib.metadata.version(name)}|".encode())
+        digest.update(f"{name} {importlib.import_module(name).__version__}|".encode())
     return digest.hexdigest()
 
 
