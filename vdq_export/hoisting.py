@@ -79,7 +79,7 @@ class Hoisted:
 
     def parts(self) -> dict[str, Graph]:
         """The graphs there are, in the order in which they run; "body" is the last."""
-        return {**self.ahead(), "body": self.body}
+        return {**dict[str, Graph](self.ahead().items()), "body": self.body}
 
     def ahead(self) -> dict[Part, Graph]:
         """Those of the graphs that run before the body."""

@@ -59,7 +59,7 @@ def _forward(original: Callable[..., Any], *, timestep: torch.Tensor, **inputs: 
 
 
 def _prepare(network: torch.nn.Module) -> None:
-    network.forward = partial(_forward, network.forward)  # type: ignore[method-assign]
+    network.forward = partial(_forward, network.forward)
 
 
 FAMILY = Family(
