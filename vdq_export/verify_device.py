@@ -157,13 +157,14 @@ def _measure(
         scales = dump.compare(graph, dump.read(Path(folder)))
     exact = ort.session(graph, exact=True)
     noise = _Noise()
-    for call in calls:
-        feeds = _feeds(bundle, index, exact, call)
-        reference = model(**call["inputs"]).numpy()
-        begin = time.perf_counter()
-        device = session.run([output], feeds)[0]
-        noise.seconds.append(time.perf_counter() - begin)
-        noise.add(reference, exact.run([output], feeds)[0], device, call["t"])
+    with closing(Ahead(bundle)) as ahead:
+        for call in calls:
+            feeds = ahead.arrays(index, exact, _inputs(bundle, call))
+            reference = model(**call["inputs"]).numpy()
+            begin = time.perf_counter()
+            device = session.run([output], feeds)[0]
+            noise.seconds.append(time.perf_counter() - begin)
+            noise.add(reference, exact.run([output], feeds)[0], device, call["t"])
     exact_db, device_db, between = (
         _db(noise.signal, noise.exact),
         _db(noise.signal, noise.device),
@@ -184,11 +185,8 @@ def _measure(
     return measured, noise.worst[1], session
 
 
-def _feeds(bundle: Bundle, index: int, session: Session, call: Step) -> dict[str, Array]:
-    """What `session`, of a bin's graph, takes in one call."""
-    inputs = {one.name: call["inputs"][one.name].numpy() for one in bundle.manifest.signature.inputs}
-    with closing(Ahead(bundle)) as ahead:
-        return ahead.arrays(index, session, inputs)
+def _inputs(bundle: Bundle, call: Step) -> dict[str, Array]:
+    return {one.name: call["inputs"][one.name].numpy() for one in bundle.manifest.signature.inputs}
 
 
 def _clips(
@@ -254,9 +252,11 @@ def _search(
 ) -> Bisection:
     """bisect() of one bin, on the first of its calls."""
     graph = Graph.load(bundle.graph_path(index))
+    with closing(Ahead(bundle)) as ahead:
+        feeds = ahead.arrays(index, ort.session(graph, exact=True), _inputs(bundle, calls[index][0]))
     return bisect(
         graph,
-        _feeds(bundle, index, ort.session(graph, exact=True), calls[index][0]),
+        feeds,
         arch=choices.arch,
         ceiling_db=NEGLIGIBLE_DB,
         label=bundle.schedule.bins[index].graph,
