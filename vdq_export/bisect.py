@@ -40,9 +40,6 @@ What = Literal["", "numbers", "accumulated", "refused", "no result"]
 MARGIN_DB = 0.5  # what `verify --device` allows
 HEADROOM_DB = 9.1  # noise so far below another adds the margin to it: smaller errors cannot cost as much
 CEILING_DB = 55.0  # above it nothing counts
-# Above the disagreement of the whole graph: what is milder where it arises is not its cause. Correct 16-bit operators
-# (a GELU of small values) were seen at 46 dB in a network that agreed to 66 at its end.
-RISE_DB = 10.0
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,6 @@ _DATA = {
 }
 # What record takes of the same; its prompts are an argument of its own.
 loop = together(*_LOOP.values(), remote_code)
-LOOP = tuple(_LOOP)
 shaping = together(*_LOOP.values(), *_DATA.values(), remote_code, _folding((*_LOOP, *_DATA)))
 
 
