@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import resource
 import time
 from functools import partial
@@ -45,7 +46,8 @@ def measured(settings: dict[str, Any]) -> dict[str, Any]:
     inputs = {"hidden_states": torch.zeros(family.latent(config, size))}
     inputs |= {name: torch.zeros(shape) for name, shape in (family.also(config, size) if family.also else {}).items()}
     latents = set(inputs)
-    weights = family.times(config, size) if family.times else torch.ones(1)
+    weights = family.times(config, size) if family.times else None
+    weights = torch.ones(1) if weights is None else weights
     inputs["timestep"] = (500 * weights).to(torch.int64 if family.integer_time else torch.float32)
     inputs |= {name: one.make() for name, one in family.inputs(config, size).items()}
 
@@ -85,6 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
         name: common.in_child("hoisting", "measured", {"model": name, "small": arguments.small}, arguments.threads)
         for name in arguments.models or models()
     }
+    data = _kept(arguments.small) | data
     heads = ["model", "weights GB", *(f"{part} %" for part in PARTS), "multiply-adds saved %", "values cross", "MB"]
     rows = []
     for name, one in data.items():
@@ -99,15 +102,21 @@ def run(arguments: argparse.Namespace) -> None:
     notes = (
         "Shares of the weights' bytes by the graph they are in afterwards: `prompt` runs once a video, `step` once an "
         "export, `mixed` once a video and step, `body` at every step. Saved: what a step no longer does (`prompt`, "
-        "`step`), of what it did."
+        "`step`), of what it did. Rows of earlier runs are kept where this one was of some models only."
     )
-    partial_run = bool(arguments.small or arguments.models)
-    common.write("hoisting", "What leaves the graph of a step", [("", heads, rows)], data, notes, small=partial_run)
+    common.write("hoisting", "What leaves the graph of a step", [("", heads, rows)], data, notes, small=arguments.small)
+
+
+def _kept(small: bool) -> dict[str, Any]:
+    """What earlier runs found of models that are still published."""
+    place = (common.WORK / "small" if small else common.RESULTS) / "hoisting.json"
+    found = json.loads(place.read_text()) if place.is_file() else {}
+    return {name: found[name] for name in models() if name in found}
 
 
 def parse() -> argparse.ArgumentParser:
     made = common.parser(__doc__)
-    made.add_argument("--models", nargs="*", help="published names (default: all); results of some go to build/")
+    made.add_argument("--models", nargs="*", help="published names (default: all)")
     return made
 
 
