@@ -65,7 +65,7 @@ def test_a_damaged_entry_is_absent(tmp_path_factory: pytest.TempPathFactory, dat
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-@pytest.mark.parametrize("moment", ["os.fsync", "pathlib.Path.replace", "vdq_export.work_store._sync_folder"])
+@pytest.mark.parametrize("moment", ["os.fsync", "pathlib.Path.replace", "vdq_export.work_store.sync_folder"])
 def test_killed_while_putting_leaves_the_old_entry_or_the_new_one(tmp_path: Path, moment: str) -> None:
     WorkStore(tmp_path).put(KEY, b"old")
     module, name = moment.rsplit(".", 1) if "Path" not in moment else ("pathlib", "Path.replace")
@@ -79,7 +79,7 @@ def test_killed_while_putting_leaves_the_old_entry_or_the_new_one(tmp_path: Path
         f"WorkStore({str(tmp_path)!r}).put({KEY!r}, b'new')\n"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
-    assert WorkStore(tmp_path).get(KEY) == (b"new" if moment.endswith("_sync_folder") else b"old")
+    assert WorkStore(tmp_path).get(KEY) == (b"new" if moment.endswith("sync_folder") else b"old")
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:

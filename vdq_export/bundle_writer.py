@@ -22,6 +22,7 @@ import onnx
 import psutil
 
 from vdq_export.bundle import Bundle, hash_file, is_bundle
+from vdq_export.disk import sync_folder
 from vdq_export.errors import BundleError
 from vdq_export.manifest import (
     MANIFEST,
@@ -137,7 +138,7 @@ class BundleWriter:
             # Reads back every schema and reference. The hashes were taken on the way to the disk.
             Bundle.open(self._folder, verify_hashes=False)
             for folder in [*(p for p in self._folder.rglob("*") if p.is_dir()), self._folder]:
-                _sync_folder(folder)
+                sync_folder(folder)
             self._put_in_place()
         return Bundle.open(self.out, verify_hashes=False)
 
@@ -172,7 +173,7 @@ class BundleWriter:
             if aside is not None and not self.out.exists():
                 aside.rename(self.out)
             raise
-        _sync_folder(self.out.parent)
+        sync_folder(self.out.parent)
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -231,15 +232,6 @@ def _clear_leftovers(out: Path) -> None:
             place.rename(out)
         else:
             shutil.rmtree(place, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and renames are journalled
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @contextmanager

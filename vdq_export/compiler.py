@@ -13,7 +13,7 @@ import msgspec
 from vdq_export import hand_off, hoisting, hoisting_parts, pipeline, sources, targets
 from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
-from vdq_export.bundle_writer import BundleWriter
+from vdq_export.bundle_writer import BundleWriter, signature_of
 from vdq_export.calib import blocks, learned
 from vdq_export.calib.bins import Tsw, check_count
 from vdq_export.calib.draft import Network, draft
@@ -30,7 +30,7 @@ from vdq_export.manifest import Manifest, ModelIdentity
 from vdq_export.model import Model
 from vdq_export.number_grid import numpy_type
 from vdq_export.plan import QuantPlan
-from vdq_export.planned import Part, Planned, signature_of
+from vdq_export.planned import Part, Planned
 from vdq_export.policy import CachePolicy, Probe
 from vdq_export.progress import Reporter
 from vdq_export.recipe import Recipe
@@ -214,7 +214,7 @@ def _plan_network(
     roles = hoisting.roles(model.example_inputs, model.timestep_input, constant)
     layers = hoisting.layers(graph, roles) if settings.hoist else {}
     network = Network(graph, record, recipe, spec, expert, limits, layers)
-    signature = signature_of(graph, model.timestep_input)
+    signature = signature_of(graph.skeleton()[0], model.timestep_input)
     parts = []
     with reporter.stage(f"solve {expert}".strip()) as advance:
         bins = recipe.tsw if settings.tsw is None else settings.tsw

@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from vdq_export.calib.step_reuse import Learnt
 from vdq_export.contract import PassReport
 from vdq_export.errors import ModelError
-from vdq_export.graph import Graph, Value
+from vdq_export.graph import Graph
 from vdq_export.hoisting import Hoisted
-from vdq_export.manifest import Signature, TensorInfo
+from vdq_export.manifest import Signature
 from vdq_export.model import Model
 from vdq_export.plan import QuantPlan
 from vdq_export.recipe import Recipe
@@ -60,13 +58,3 @@ class Planned:
                 f"the experts of {self.model.name} differ in their inputs or outputs", hint="give all the same ones"
             )
         return found[0]
-
-
-def signature_of(graph: Graph, timestep: str) -> Signature:
-    """What `graph`, whose shapes are static, takes and gives. timestep: the input that carries t."""
-    inputs, outputs = (tuple(map(_info, values)) for values in (graph.gs.inputs, graph.gs.outputs))
-    return Signature(inputs=inputs, outputs=outputs, timestep=timestep)
-
-
-def _info(value: Value) -> TensorInfo:
-    return TensorInfo(name=value.name, dtype=str(np.dtype(value.dtype)), shape=tuple(map(int, value.shape)))

@@ -29,6 +29,7 @@ import msgspec
 import numpy as np
 import psutil
 
+from vdq_export.disk import sync_folder
 from vdq_export.errors import VdqError
 
 T = TypeVar("T")
@@ -91,7 +92,7 @@ class WorkStore:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(place)
-            _sync_folder(place.parent)
+            sync_folder(place.parent)
         except OSError as error:
             with suppress(OSError):
                 partial.unlink()
@@ -254,12 +255,3 @@ def _decode(code: int, data: memoryview) -> Any:
 def _host() -> str:
     # Process numbers mean something on one machine only; the folder may be shared by several.
     return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -19,6 +19,7 @@ from vdq_export.sources.families._family import (
     mask,
     text_width,
 )
+from vdq_export.sources.families.ltx_video import SCHEDULER
 
 FRAME_RATE = 24.0  # frames a second that positions are computed for, the pipeline's default
 
@@ -122,10 +123,7 @@ FAMILY = Family(
     spatial=32,
     layout="tokens",
     sigmas=even_sigmas,
-    scheduler={
-        "_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "base_image_seq_len": 1024,
-        "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1,
-    },
+    scheduler=SCHEDULER,
     inputs=_inputs,
     also=_also,
     repeats={"sigma": "timestep"},

@@ -15,6 +15,11 @@ def _fixed(config: Config, size: Size) -> dict[str, Any]:
     return {"num_frames": size.t, "height": size.h, "width": size.w, "rope_interpolation_scale": scale}
 
 
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "base_image_seq_len": 1024,
+    "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1,
+}  # fmt: skip
+
 FAMILY = Family(
     name="LTX-Video",
     class_name="LTXVideoTransformer3DModel",
@@ -26,10 +31,7 @@ FAMILY = Family(
     spatial=32,
     layout="tokens",
     sigmas=even_sigmas,
-    scheduler={
-        "_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "base_image_seq_len": 1024,
-        "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05, "shift_terminal": 0.1,
-    },
+    scheduler=SCHEDULER,
     inputs=text_and_mask,
     fixed=_fixed,
     published=(
