@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny matrices, and one worker a core
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton: kernels are read when their files are imported
 
 import pytest
 from hypothesis import settings

@@ -1,0 +1,1 @@
+"""Triton kernels of the CUDA target, one a file, each beside what it computes in plain torch. Needs triton to run."""
