@@ -271,6 +271,13 @@ class Graph:
         self.gs.nodes.append(gs.Node(op, name, dict(attrs or {}), list(inputs), outputs, domain=domain))
         return outputs[0]
 
+    def add_input(self, name: str, dtype: Any, shape: Sequence[int]) -> Variable:
+        """A new input, the last; `name` must be free."""
+        self._take(name)
+        made = gs.Variable(name, dtype=dtype, shape=list(shape))
+        self.gs.inputs = [*self.gs.inputs, made]
+        return made
+
     def define(self, function: onnx.FunctionProto) -> None:
         """Take a model-local function in, once: nodes of its domain and name then have a body."""
         if all((known.domain, known.name) != (function.domain, function.name) for known in self.gs.functions):
