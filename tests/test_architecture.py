@@ -49,6 +49,8 @@ LAYERS = {
     "vdq_export.calib": 2,
     "vdq_export.passes": 2,
     "vdq_export.targets": 3,
+    "vdq_export.runtime": 3,
+    "vdq_export.host": 3,
     "vdq_export.lint": 3,
     "vdq_export.hand_off": 4,
     "vdq_export.pipeline": 3,

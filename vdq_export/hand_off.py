@@ -9,7 +9,7 @@ from vdq_export.bundle_writer import BundleWriter
 from vdq_export.errors import PassError
 from vdq_export.graph import Graph
 from vdq_export.lint.engine import lint_graphs
-from vdq_export.lint.table import default_profile
+from vdq_export.lint.table import default_profile, has_rules
 from vdq_export.progress import Reporter
 from vdq_export.target_spec import TargetSpec
 
@@ -19,7 +19,7 @@ SHOWN = 5  # findings told one by one
 def write(
     writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec, *, strict: bool, reporter: Reporter
 ) -> None:
-    """handoff/: the target's own files, and lint.json and lint.sarif of `graphs` {bundle path: the graph there}.
+    """The target's own files, and what lint says of `graphs` {bundle path: the graph there} where it has rules for it.
 
     A target that hands over other graphs than these returns them from its hand_off(): they are linted. Findings are
     told. Raises PassError with `strict` when one of them is an error.
@@ -27,6 +27,8 @@ def write(
     own = getattr(targets.load(spec.name), "hand_off", None)
     if own is not None:
         graphs = own(writer, graphs, spec) or graphs
+    if not has_rules(spec.name):
+        return
     found = lint_graphs(graphs, default_profile(spec.name, spec.isa))
     writer.add_file("handoff/lint.json", found.to_json())
     writer.add_file("handoff/lint.sarif", found.to_sarif())

@@ -129,5 +129,10 @@ def default_profile(target: str, isa: str) -> str:
     raise VdqError(f"no rules for target {target!r}", hint=f"say --for, one of {', '.join(profiles())}")
 
 
+def has_rules(target: str) -> bool:
+    """Whether a table is for bundles of `target`: none is where no other compiler reads the graphs."""
+    return any(target in table.targets for table in tables().values())
+
+
 def _of(arch: str, rows: tuple[Any, ...]) -> Iterator[Any]:
     return (row for row in rows if not row.archs or arch in row.archs)

@@ -44,6 +44,8 @@ class Statistics:
 class Engine:
     """The sessions of a bundle's families, and of what runs ahead of them. Thread-safe; close() it."""
 
+    keeps_all = False  # sessions that are neither used nor foreseen are dropped
+
     def __init__(
         self,
         families: Sequence[Family],
@@ -142,7 +144,8 @@ class Engine:
             with self._lock:
                 self._count(before, waited)
             coming = {self._family_of[one] for following in foreseen for one in following}
-            self._pool.keep(wanted | coming)
+            if not self.keeps_all:
+                self._pool.keep(wanted | coming)
             for number in coming:
                 self._pool.prefetch(number)
         return session

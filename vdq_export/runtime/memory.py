@@ -10,13 +10,14 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from vdq_export.runtime.batching import Array
 
-Values = Mapping[str, ort.OrtValue]
+Values = Mapping[str, Any]  # onnxruntime's values, or torch's: both lie where they were made
 _GLANCE = 4096  # bytes that are compared before the rest: inputs that differ mostly do so at once
 
 
@@ -60,7 +61,7 @@ class Memory:
             entry.result.set_exception(error)
             raise
         held = sum(value.nbytes for value in entry.inputs.values())
-        entry.nbytes = held + sum(value.tensor_size_in_bytes() for value in values.values())
+        entry.nbytes = held + sum(map(_size, values.values()))
         entry.result.set_result(values)
         self._forget()
         return values
@@ -91,6 +92,10 @@ class Memory:
                     break
                 held -= entry.nbytes
                 self._entries.remove(entry)
+
+
+def _size(value: Any) -> int:
+    return int(value.tensor_size_in_bytes() if isinstance(value, ort.OrtValue) else value.nbytes)
 
 
 def _equal(kept: Array, value: Array) -> bool:
