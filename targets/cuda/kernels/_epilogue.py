@@ -1,0 +1,191 @@
+"""What follows a matrix product, in one pass over the tile that still lies in registers: host side and device side.
+
+    v = product + bias + low @ up        low[M, r], up[r, N]: the low-rank branch, a float product on the tensor cores
+    v = act(v)
+    v = residual + gate · v              gate[B, N]: row m belongs to sample m // (M / B)
+    v = v · post
+    y = v in dtype,  q = quant(v)        either or both; q of the float32 v
+
+All of it float32. Each input may be absent (None is a constant to Triton: the code for it is not made).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from vdq_export.targets.cuda.kernels._backend import power_of_two
+from vdq_export.targets.cuda.kernels._numbers import INTERPRETED, float_dot, narrow, to_float8
+from vdq_export.targets.cuda.kernels._quant import FLOAT8, Quant
+
+ACTIVATIONS = ("none", "gelu_tanh", "gelu_erf", "silu")
+LEAST_RANK = 16  # the shortest inner dimension of tl.dot
+
+_ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: a float32 this large has steps of one, its low byte is the integer's
+_FAR = tl.constexpr(1024.0)  # beyond every code; keeps infinities out of products with 0
+_FLOAT8_MAX = tl.constexpr(448.0)
+
+
+@triton.jit
+def activation(v, ACT: tl.constexpr):
+    """act(v) of a float32 tile; exp and the quotient are the fast ones, 2 ulp."""
+    if ACT == "gelu_tanh":  # (1 + tanh u) / 2 = 1 / (1 + exp(−2u))
+        v = v / (1.0 + tl.exp(-1.5957691216057308 * (v + 0.044715 * v * v * v)))
+    elif ACT == "gelu_erf":
+        v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    elif ACT == "silu":
+        v = v / (1.0 + tl.exp(-v))
+    else:
+        tl.static_assert(ACT == "none", "an activation that is none of these")
+    return v
+
+
+@triton.jit
+def divide(v, scale):
+    """v / scale for one scale, correctly rounded up to ±1024, beyond that still beyond: five instructions an element.
+
+    A product with 1 / scale is up to two units off and rounds ties of codes elsewhere than the quotient does. One step
+    with the exact remainder mends it (Markstein 1990). The interpreter has no fused product, but divides correctly.
+    """
+    if INTERPRETED:
+        quotient = v / scale
+    else:
+        inverse = tl.div_rn(1.0, scale)
+        near = tl.minimum(tl.maximum(v * inverse, -_FAR), _FAR)
+        quotient = tl.fma(tl.fma(-near, scale, v), inverse, near)
+    return quotient
+
+
+@triton.jit
+def quantize(v, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr):
+    """Codes of a float32 tile. scale: pointer; zero: pointer or None."""
+    quotient = divide(v, tl.load(scale).to(tl.float32))
+    if FP8:
+        codes = to_float8(tl.minimum(tl.maximum(quotient, -_FLOAT8_MAX), _FLOAT8_MAX))
+    else:
+        shifted = quotient + _ROUND  # rounded half to even by the addition; exact from here on
+        if zero is not None:
+            shifted += tl.load(zero).to(tl.float32)
+        shifted = tl.minimum(tl.maximum(shifted, _ROUND + LOW), _ROUND + HIGH)
+        codes = shifted.to(tl.int32, bitcast=True).to(tl.int8)
+    return codes
+
+
+@triton.jit
+def low_rank(low, up, rows, cols, m, n, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """low[rows] @ up[:, cols], float32. 16-bit factors exactly, float32 ones in three products of tf32."""
+    ranks = tl.arange(0, RANK_BLOCK)
+    left_mask = (rows[:, None] < m) & (ranks[None, :] < RANK)
+    right_mask = (ranks[:, None] < RANK) & (cols[None, :] < n)
+    left = tl.load(low + rows[:, None].to(tl.int64) * RANK + ranks[None, :], mask=left_mask, other=0.0)
+    right = tl.load(up + ranks[:, None] * n + cols[None, :], mask=right_mask, other=0.0)
+    if left.dtype != right.dtype:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return float_dot(left, right, None)
+
+
+@triton.jit
+def gated(v, gate, residual, at, inside, rows, cols, n, per_sample, ONE_SAMPLE: tl.constexpr):
+    """residual + gate · v."""
+    if gate is not None:
+        if ONE_SAMPLE:
+            v *= tl.load(gate + cols, mask=cols < n, other=0.0).to(tl.float32)[None, :]
+        else:
+            sample = (rows // per_sample)[:, None]
+            v *= tl.load(gate + sample * n + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        v += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+    return v
+
+
+@triton.jit
+def finish(
+    v, rows, cols, m, n,
+    bias, low, up, gate, per_sample, residual, post, out_scale, out_zero, y, q,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ACT: tl.constexpr, ONE_SAMPLE: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """All of the above for the float32 tile v of these rows and columns, and its stores. Pointers may be None."""
+    known = cols < n
+    inside = (rows[:, None] < m) & known[None, :]
+    at = rows[:, None].to(tl.int64) * n + cols[None, :]
+    if bias is not None:
+        v += tl.load(bias + cols, mask=known, other=0.0).to(tl.float32)[None, :]
+    if low is not None:
+        v += low_rank(low, up, rows, cols, m, n, RANK, RANK_BLOCK)
+    v = activation(v, ACT)
+    v = gated(v, gate, residual, at, inside, rows, cols, n, per_sample, ONE_SAMPLE)
+    if post is not None:
+        v *= tl.load(post + cols, mask=known, other=0.0).to(tl.float32)[None, :]
+    if y is not None:
+        tl.store(y + at, narrow(v, y.dtype.element_ty), mask=inside)
+    if q is not None:
+        tl.store(q + at, quantize(v, out_scale, out_zero, LOW, HIGH, FP8), mask=inside)
+
+
+def activate(v: torch.Tensor, act: str) -> torch.Tensor:
+    """act(v) in plain torch."""
+    if act == "none":
+        return v
+    if act == "silu":
+        return F.silu(v)
+    return F.gelu(v, approximate={"gelu_tanh": "tanh", "gelu_erf": "none"}[act])
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows the product. keep: y is wanted, in dtype; quant: q is."""
+
+    bias: torch.Tensor | None = None
+    low: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    act: str = "none"
+    gate: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    post: torch.Tensor | None = None
+    quant: Quant | None = None
+    keep: bool = True
+    dtype: torch.dtype = torch.bfloat16
+
+    def reference(self, v: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(y, q) of the product v[M, N], float32, in plain torch."""
+        if self.bias is not None:
+            v = v + self.bias.float()
+        if self.low is not None and self.up is not None:
+            v = v + self.low.float() @ self.up.float()
+        v = activate(v, self.act)
+        if self.gate is not None:
+            per_sample = v.shape[0] // self.gate.shape[0]
+            v = v * self.gate.float().repeat_interleave(per_sample, 0)
+        if self.residual is not None:
+            v = v + self.residual.float()
+        if self.post is not None:
+            v = v * self.post.float()
+        return v.to(self.dtype) if self.keep else None, None if self.quant is None else self.quant.codes(v)
+
+    def outputs(self, m: int, n: int, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(y, q), not yet written."""
+        y = torch.empty(m, n, dtype=self.dtype, device=device) if self.keep else None
+        return y, None if self.quant is None else torch.empty(m, n, dtype=self.quant.dtype, device=device)
+
+    def arguments(self, y: torch.Tensor | None, q: torch.Tensor | None, m: int) -> dict[str, object]:
+        """The arguments of `finish` from bias on, by name; kernels hand them on under the same names."""
+        samples = 1 if self.gate is None else self.gate.shape[0]
+        rank = 0 if self.low is None else self.low.shape[-1]
+        quant = self.quant
+        return {
+            "bias": _flat(self.bias), "low": _flat(self.low), "up": _flat(self.up), "gate": _flat(self.gate),
+            "per_sample": max(1, m // samples), "residual": _flat(self.residual), "post": _flat(self.post),
+            "out_scale": None if quant is None else quant.scale, "out_zero": None if quant is None else quant.zero,
+            "y": y, "q": q, "RANK": rank, "RANK_BLOCK": power_of_two(rank, LEAST_RANK), "ACT": self.act,
+            "ONE_SAMPLE": samples == 1, "LOW": 0 if quant is None else quant.low,
+            "HIGH": 0 if quant is None else quant.high, "FP8": quant is not None and quant.dtype == FLOAT8,
+        }  # fmt: skip
+
+
+def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
