@@ -316,6 +316,11 @@ def as_linear(node: Node) -> Linear | None:
     return Linear(node.name.rsplit("/", 1)[0], node, add, value, weight, bias)
 
 
+def absent() -> Variable:
+    """What stands for an optional operand or result that a node does not have."""
+    return gs.Variable.empty()
+
+
 def is_constant(tensor: Value) -> bool:
     return isinstance(tensor, gs.Constant)
 

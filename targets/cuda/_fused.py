@@ -1,0 +1,103 @@
+"""Nodes of the domain vdq.cuda, by the names that ops.py gives their operands and results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vdq_export.graph import Graph, Node, Value, absent
+from vdq_export.match import readers
+from vdq_export.targets.cuda.ops import DOMAIN, INPUTS, OUTPUTS
+
+
+def is_fused(node: Node, *ops: str) -> bool:
+    return node.domain == DOMAIN and node.op in ops
+
+
+def fused_by(value: Value, *ops: str) -> Node | None:
+    """The fused node that computes `value`, when its op is one of `ops`."""
+    node = value.inputs[0] if value.inputs else None
+    return node if node is not None and is_fused(node, *ops) else None
+
+
+def operand(node: Node, name: str) -> Value | None:
+    index = INPUTS[node.op].index(name)
+    return node.inputs[index] if index < len(node.inputs) and node.inputs[index].name else None
+
+
+def result(node: Node, name: str) -> Value | None:
+    index = OUTPUTS[node.op].index(name)
+    return node.outputs[index] if index < len(node.outputs) and node.outputs[index].name else None
+
+
+def put(node: Node, **operands: Value | None) -> None:
+    """Give the node operands; None takes one away."""
+    for name, value in operands.items():
+        _place(node.inputs, INPUTS[node.op].index(name), value)
+
+
+def put_result(node: Node, name: str, value: Value | None) -> None:
+    _place(node.outputs, OUTPUTS[node.op].index(name), value)
+
+
+def _place(values: Any, index: int, value: Value | None) -> None:
+    """A node's list of values has absent ones between those it has, and none behind."""
+    while len(values) <= index:
+        values.append(absent())
+    values[index] = absent() if value is None else value
+    while values and not values[-1].name:
+        del values[-1]
+
+
+def add(
+    graph: Graph,
+    op: str,
+    name: str,
+    operands: Mapping[str, Value | None],
+    results: Mapping[str, tuple[Any, Sequence[int]]],
+    attrs: Mapping[str, Any] | None = None,
+) -> Node:
+    """Append a fused node. results: {name: (type, shape)} of those it has; its y carries the node's name."""
+    inputs = [value if (value := operands.get(one)) is not None else absent() for one in INPUTS[op]]
+    path = graph.fresh(name)
+    first, *rest = OUTPUTS[op]
+    kept = {one: results[one] for one in rest if one in results}
+    dtype, shape = results.get(first, (None, None))
+    more = [(f"/{one}", *described) for one, described in kept.items()]
+    made = graph.add_node(op, inputs, path, dtype=dtype, shape=shape, attrs=attrs, domain=DOMAIN, more=more)
+    node = made.inputs[0]
+    _, *others = list(node.outputs)
+    node.outputs.clear()
+    if first in results:
+        put_result(node, first, made)
+    for one, value in zip(kept, others, strict=True):
+        put_result(node, one, value)
+    put(node)
+    while node.inputs and not node.inputs[-1].name:
+        del node.inputs[-1]
+    return node
+
+
+def absorb(node: Node, reader: Node) -> None:
+    """Let `reader` go, and `node` compute in its place what it computed from the node's y."""
+    made = reader.outputs[0]
+    remove(reader)
+    put_result(node, "y", made)
+
+
+def remove(*nodes: Node) -> None:
+    """Take nodes out; the next cleanup drops them."""
+    for node in nodes:
+        node.inputs.clear()
+        node.outputs.clear()
+
+
+def next_node(graph: Graph, value: Value, *ops: str) -> Node | None:
+    """The only node that reads `value` (any number of times), when its op is one of `ops` and no output is `value`."""
+    found = readers(value)
+    inside = all(value is not output for output in graph.gs.outputs)
+    return found[0] if inside and len(found) == 1 and found[0].op in ops else None
+
+
+def is_output(graph: Graph, value: Value) -> bool:
+    return any(value is output for output in graph.gs.outputs)
