@@ -7,12 +7,13 @@ nothing comes from outside here.
 
 from __future__ import annotations
 
+import inspect
 import json as _json
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -73,7 +74,7 @@ class Struct:
         inherited = {} if "tag" in settings else {k: v for k, v in cls.__struct_settings__.items() if k != "tag"}
         cls.__struct_settings__ = {**cls.__struct_settings__, **inherited, **settings}
         cls.__struct_config__ = _Config(cls.__struct_settings__, cls)
-        names = [name for name, kind in cls.__dict__.get("__annotations__", {}).items() if "ClassVar" not in str(kind)]
+        names = [name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)]
         own = {name: cls.__dict__.get(name, _MISSING) for name in names}
         cls.__struct_defaults__ = {**cls.__struct_defaults__, **own}
         for name in own:
@@ -119,7 +120,7 @@ def _values(struct: Struct) -> dict[str, Any]:
     return {name: getattr(struct, name) for name in type(struct).__struct_defaults__}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _fields(kind: type[Struct]) -> dict[str, tuple[str, Any]]:
     """Encoded name -> (attribute, type)."""
     hints = typing.get_type_hints(kind, include_extras=True)
@@ -189,7 +190,7 @@ def _container(value: Any, kind: Any, inside: tuple[Any, ...], strict: bool) -> 
     if kind is dict:
         _checked(value, isinstance(value, Mapping), kind)
         key, one = inside or (Any, Any)
-        return {_convert(k, key, strict): _convert(v, one, strict) for k, v in value.items()}
+        return {_convert(k, key, False): _convert(v, one, strict) for k, v in value.items()}  # JSON's keys are text
     _checked(value, isinstance(value, list | tuple), kind)
     if kind is list:
         return [_convert(one, inside[0] if inside else Any, strict) for one in value]
