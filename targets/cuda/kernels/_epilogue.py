@@ -76,12 +76,12 @@ def quantize(v, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.cons
 
 
 @triton.jit
-def low_rank(low, up, rows, cols, m, n, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
+def low_rank(low, low_stride, up, rows, cols, m, n, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
     """low[rows] @ up[:, cols], float32. 16-bit factors exactly, float32 ones in three products of tf32."""
     ranks = tl.arange(0, RANK_BLOCK)
     left_mask = (rows[:, None] < m) & (ranks[None, :] < RANK)
     right_mask = (ranks[:, None] < RANK) & (cols[None, :] < n)
-    left = tl.load(low + rows[:, None].to(tl.int64) * RANK + ranks[None, :], mask=left_mask, other=0.0)
+    left = tl.load(low + rows[:, None].to(tl.int64) * low_stride + ranks[None, :], mask=left_mask, other=0.0)
     right = tl.load(up + ranks[:, None] * n + cols[None, :], mask=right_mask, other=0.0)
     if left.dtype != right.dtype:
         left, right = left.to(tl.float32), right.to(tl.float32)
@@ -105,7 +105,7 @@ def gated(v, gate, residual, at, inside, rows, cols, n, per_sample, ONE_SAMPLE: 
 @triton.jit
 def finish(
     v, rows, cols, m, n,
-    bias, low, up, gate, per_sample, residual, post, out_scale, out_zero, y, q,
+    bias, low, low_stride, up, gate, per_sample, residual, post, out_scale, out_zero, y, q,
     RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ACT: tl.constexpr, ONE_SAMPLE: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def finish(
     if bias is not None:
         v += tl.load(bias + cols, mask=known, other=0.0).to(tl.float32)[None, :]
     if low is not None:
-        v += low_rank(low, up, rows, cols, m, n, RANK, RANK_BLOCK)
+        v += low_rank(low, low_stride, up, rows, cols, m, n, RANK, RANK_BLOCK)
     v = activation(v, ACT)
     v = gated(v, gate, residual, at, inside, rows, cols, n, per_sample, ONE_SAMPLE)
     if post is not None:
@@ -176,10 +176,11 @@ class Epilogue:
         """The arguments of `finish` from bias on, by name; kernels hand them on under the same names."""
         samples = 1 if self.gate is None else self.gate.shape[0]
         rank = 0 if self.low is None else self.low.shape[-1]
+        low = self.low if self.low is None or self.low.stride(-1) == 1 else self.low.contiguous()
         quant = self.quant
         return {
-            "bias": _flat(self.bias), "low": _flat(self.low), "up": _flat(self.up), "gate": _flat(self.gate),
-            "per_sample": max(1, m // samples), "residual": _flat(self.residual), "post": _flat(self.post),
+            "bias": _flat(self.bias), "low": low, "low_stride": 0 if low is None else low.stride(0),
+            "up": _flat(self.up), "gate": _flat(self.gate), "per_sample": max(1, m // samples), "residual": _flat(self.residual), "post": _flat(self.post),
             "out_scale": None if quant is None else quant.scale, "out_zero": None if quant is None else quant.zero,
             "y": y, "q": q, "RANK": rank, "RANK_BLOCK": power_of_two(rank, LEAST_RANK), "ACT": self.act,
             "ONE_SAMPLE": samples == 1, "LOW": 0 if quant is None else quant.low,

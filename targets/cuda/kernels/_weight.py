@@ -4,7 +4,10 @@
     int4        what _pack4.pack makes of codes[N, K]
 
 Scales are one a channel, [N], or one a channel and group of `group` consecutive inputs, [⌈K / group⌉, N]. The sums of
-codes that the zero point of an activation multiplies are made here, once: colsum, of the scales' shape.
+codes that the zero point z of an activation multiplies are made here, once:
+
+    one scale a channel    colsum[n] = Σ_k codes[k, n], int32        y = (Σ_k c·w − z · colsum) · scale: exact up to there
+    groups                 colsum[n] = Σ_k values[k, n], float32     y = Σ_g scale[g] · Σ_k∈g c·w − z · colsum
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ class Weight:
         scale = scale.reshape(-1, n).contiguous() if group else scale.reshape(-1).expand(n).contiguous()
         if group and len(scale) != -(-k // group):
             raise ValueError(f"{len(scale)} rows of scales for {k} inputs in groups of {group}")
-        colsum = None if kind == "fp8" else _sums(across, group)
+        colsum = None if kind == "fp8" else _sums(across, scale, group)
         return Weight(kind=kind, data=_layout(across, kind), scale=scale, colsum=colsum, group=group, k=k, n=n)
 
     @property
@@ -75,10 +78,11 @@ def _layout(across: torch.Tensor, kind: Kind) -> torch.Tensor:
     return F.pad(across, (0, behind))
 
 
-def _sums(across: torch.Tensor, group: int) -> torch.Tensor:
-    """Sums of codes[N, K] over K, int32[N], or over each group, int32[G, N]."""
+def _sums(across: torch.Tensor, scale: torch.Tensor, group: int) -> torch.Tensor:
+    """Sums of codes[N, K] over K, int32[N]; with groups of the values, float32[N], summed in float64."""
     n, k = across.shape
     if not group:
         return across.sum(1, dtype=torch.int32)
     padded = F.pad(across, (0, -k % group))
-    return padded.reshape(n, -1, group).sum(2, dtype=torch.int32).t().contiguous()
+    sums = padded.reshape(n, -1, group).sum(2, dtype=torch.int32)
+    return (sums.double() * scale.t().double()).sum(1).float()
