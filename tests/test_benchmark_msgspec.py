@@ -27,7 +27,7 @@ for name in recipe.names():
     assert msgspec.convert(msgspec.to_builtins(one), recipe.Recipe) == one
     print(encode(one, name).decode())
 for name in ("cuda", "qnn"):
-    made = encode(targets.load(name).spec(), name)
+    made = msgspec.json.encode(targets.load(name).spec())
     assert decode(made, TargetSpec, name, RecipeError) == targets.load(name).spec()
     print(made.decode())
 weight = WeightPlan(dtype="int8", qmax=127, why="", scale=(0.5,))
