@@ -72,6 +72,8 @@ LAYERS = {
     "vdq_export.verify_openvino": 4,
     "vdq_export.bisect": 4,
     "vdq_export.verify_device": 4,
+    "vdq_export.verify_gpu": 4,
+    "vdq_export.device_checks": 4,
     "vdq_export.commands": 5,
     "vdq_export.cli": 6,
 }

@@ -15,6 +15,7 @@ from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter, signature_of
 from vdq_export.calib import blocks, learned
+from vdq_export.calib.attention import plan_attentions
 from vdq_export.calib.bins import Tsw, check_count
 from vdq_export.calib.draft import Network, draft
 from vdq_export.calib.observe import observe
@@ -229,6 +230,7 @@ def _plan_network(
             hoisted = hoisting.split(floated, roles, layers) if settings.hoist else None
             body = floated if hoisted is None else hoisted.body
             plans = _precisions(solved, record, spec, count)
+            plans = tuple(plan_attentions(plan, body, record) for plan in plans)
             if spec.every_operator:
                 plans = _plan_values(plans, floated, body, model, solved, settings)
             parts.append(Part(body, plans, solved.tensors, signature, hoisted, probe))

@@ -197,6 +197,49 @@ class ConstantPlan(_Data, frozen=True):
     axis: int | None = None
 
 
+class HeadScales(_Data, frozen=True):
+    """One bin's symmetric quantizers of an attention operand, one a head."""
+
+    scale: tuple[Annotated[float, Meta(gt=0.0)], ...]
+    why: str
+
+
+class AttentionOperand(_Data, frozen=True):
+    """q, k or v of an attention as the canonical MatMul reads it: q̂ = clip(round(x / scale[head])), `channels` a head.
+
+    factor: product of the constants on its way there: a kernel that reads the value in front of them (one fused node)
+    takes |scale / factor|.
+    """
+
+    value: str
+    dtype: Literal["int8", "float8e4m3fn"]
+    channels: Annotated[int, Meta(gt=0)]
+    bins: tuple[HeadScales, ...]  # one per bin
+    factor: float = 1.0
+
+
+class AttentionPlan(_Data, frozen=True):
+    """One attention, named by the node of its scores; product: the node of its values. keep_float: a reason.
+
+    q and k are both there or both not; scores_why, values_why: why they, or v, are not.
+    """
+
+    name: str
+    product: str
+    heads: Annotated[int, Meta(ge=0)]
+    keep_float: str = ""
+    q: AttentionOperand | None = None
+    k: AttentionOperand | None = None
+    v: AttentionOperand | None = None
+    scores_why: str = ""
+    values_why: str = ""
+
+    @property
+    def operands(self) -> dict[str, AttentionOperand]:
+        """Those that are quantized, by letter."""
+        return {name: one for name, one in (("q", self.q), ("k", self.k), ("v", self.v)) if one is not None}
+
+
 class QuantPlan(_Data, frozen=True):
     """Everything a set of passes carries out. `graph_hash` ties it to the float graph it was made for.
 
@@ -218,6 +261,7 @@ class QuantPlan(_Data, frozen=True):
     draft: bool = False  # smoothing, rotation and bins are chosen, quantizers are not
     values: tuple[ValuePlan, ...] = ()  # of targets that quantize every operator
     constants: tuple[ConstantPlan, ...] = ()
+    attentions: tuple[AttentionPlan, ...] = ()
     format: Literal[1] = 1
 
     def __post_init__(self) -> None:
@@ -227,6 +271,10 @@ class QuantPlan(_Data, frozen=True):
             raise PlanError(f"plan names a layer twice: {', '.join(doubled)}")
         for layer in self.layers if not self.draft else ():
             _check_layer(layer, len(self.bins))
+        for place, attention in enumerate(self.attentions):
+            if any(attention.name == other.name for other in self.attentions[:place]):
+                raise PlanError(f"plan names an attention twice: {attention.name}")
+            _check_attention(attention, len(self.bins))
 
     @property
     def name(self) -> str:
@@ -294,6 +342,19 @@ def _check_layer(layer: LayerPlan, bins: int) -> None:
                 f"layer {layer.name}, bin {index}: zero_point {one.zero_point} outside {layer.activation_bits} bits of "
                 f"{layer.activation_dtype}"
             )
+
+
+def _check_attention(attention: AttentionPlan, bins: int) -> None:
+    where = f"attention {attention.name}"
+    if bool(attention.keep_float) == bool(attention.operands):
+        raise PlanError(f"{where}: needs a reason to keep it in float, or operands to quantize, and not both")
+    if (attention.q is None) != (attention.k is None):
+        raise PlanError(f"{where}: q and k are quantized together")
+    for name, one in attention.operands.items():
+        if len(one.bins) != bins or any(len(scales.scale) != attention.heads for scales in one.bins):
+            raise PlanError(f"{where}: {name} needs {attention.heads} scales, one a head, for each of {bins} bins")
+        if not one.factor or (one.dtype == "int8") != (name != "v"):
+            raise PlanError(f"{where}: {name} is {one.dtype} behind a factor of {one.factor:g}")
 
 
 def _check_count(layer: str, what: str, numbers: tuple[float, ...], wanted: int) -> None:

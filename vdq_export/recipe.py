@@ -23,6 +23,7 @@ class _Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 Bits = Literal[4, 6, 8, 16]
+AttentionKind = Literal["int8 scores", "fp8 values"]
 NumberFormat = Literal["int", "mxfp4", "mxfp8", "nvfp4", "fp8"]
 
 
@@ -154,6 +155,19 @@ class ScheduleRecipe(_Settings, frozen=True):
     cache: Annotated[float, Meta(ge=0.0)] | None = None
 
 
+class AttentionRecipe(_Settings, frozen=True):
+    """Attention operands: symmetric, static, one scale a head and bin. scores: q and k of q·kᵀ; values: V of P·V."""
+
+    scores: Literal["float", "int8"] = "float"
+    values: Literal["float", "fp8"] = "float"
+
+    @property
+    def kinds(self) -> tuple[AttentionKind, ...]:
+        """What a target must have."""
+        asked: dict[AttentionKind, bool] = {"int8 scores": self.scores == "int8", "fp8 values": self.values == "fp8"}
+        return tuple(kind for kind, is_asked in asked.items() if is_asked)
+
+
 class Keep(_Settings, frozen=True):
     """Layers left in float: `match` is a shell pattern over module paths, `why` goes into plan and report."""
 
@@ -189,6 +203,7 @@ class Recipe(_Settings, frozen=True):
     rotation: RotationRecipe = RotationRecipe()
     low_rank: LowRankRecipe = LowRankRecipe()
     allocate: AllocateRecipe = AllocateRecipe()
+    attention: AttentionRecipe = AttentionRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     keep_float: tuple[Keep, ...] = ()
     override: tuple[Override, ...] = ()
@@ -210,6 +225,7 @@ class Recipe(_Settings, frozen=True):
         uses = {
             "static activation ranges": not free,
             "activation clip ratios": bool(activations.clip),
+            "attention scales": bool(self.attention.kinds),
             "smoothing": self.smoothing.kind != "none",
             "rotations chosen by output error": rotation.kind != "none" and searched,
             "GPTQ": self.weights.rounding == "gptq",

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from vdq_export.plan import IntType
-from vdq_export.recipe import NumberFormat
+from vdq_export.recipe import AttentionKind, NumberFormat
 
 
 class Capability(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,9 +29,9 @@ class TargetSpec(msgspec.Struct, frozen=True, kw_only=True):
     weight group sizes; weights of `group_only` bits exist in groups alone. grids: number formats of recipes it has;
     refused: why it lacks others. pairs: (weights, activations) it multiplies, named "int8", "int4", "fp8" …, or
     "float"; (): any. symmetric_activations: zero points are 0. dynamic: may compute statistics at run time. min_rows:
-    linears over fewer rows stay float. hand_off: for another toolchain, so handoff/ is written. every_operator: values
-    between linears are quantized too (QuantPlan.values). default_activations: bits of activations unless the caller
-    says otherwise; 0: the recipe's.
+    linears over fewer rows stay float. attention: what it has of AttentionRecipe.kinds. hand_off: for another
+    toolchain, so handoff/ is written. every_operator: values between linears are quantized too (QuantPlan.values).
+    default_activations: bits of activations unless the caller says otherwise; 0: the recipe's.
     """
 
     name: str
@@ -51,6 +51,7 @@ class TargetSpec(msgspec.Struct, frozen=True, kw_only=True):
     symmetric_activations: bool = False
     min_rows: int = 2
     dynamic: bool = False
+    attention: tuple[AttentionKind, ...] = ()
     hand_off: bool = False
     every_operator: bool = False
     default_activations: Literal[0, 8, 16] = 0

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,21 @@ import numpy as np
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnxruntime import InferenceSession as Session
 
-from vdq_export import ort, sources
-from vdq_export.bisect import MARGIN_DB, bisect
+from vdq_export import ort
+from vdq_export.bisect import bisect
 from vdq_export.bundle import Bundle
+from vdq_export.device_checks import (
+    NEGLIGIBLE_DB,
+    Noise,
+    bin_failures,
+    calls_by_bin,
+    inputs_of,
+    measured_model,
+    verdict,
+)
 from vdq_export.errors import CompileError, ModelError
 from vdq_export.graph import Array, Graph
 from vdq_export.graph_cut import quantizer, settled
-from vdq_export.metrics import LIMIT_DB, bounded, bounded_sqnr_db, decibels
 from vdq_export.model import Model, Step
 from vdq_export.plan import Bin, QuantPlan
 from vdq_export.progress import Reporter
@@ -40,11 +48,7 @@ from vdq_export.runtime.providers import CPU
 from vdq_export.runtime.transformer import Transformer
 from vdq_export.targets.qnn import dump, hexagon
 from vdq_export.trace import OUTPUT
-from vdq_export.verify import Clips, judge_clips
-
-# Device and exact evaluator agree to a thousandth of the output: no bin fails by what is left, even where quantization
-# costs next to nothing. Below 51 dB against float the margin alone decides.
-NEGLIGIBLE_DB = 60.0
+from vdq_export.verify import Clips
 
 
 @dataclass(frozen=True)
@@ -61,25 +65,6 @@ class Choices:
     out: Path | None = None
 
 
-@dataclass
-class _Noise:
-    """Sums of squares over the calls of one bin: of the float result and of three differences."""
-
-    signal: float = 0.0
-    exact: float = 0.0
-    device: float = 0.0
-    between: float = 0.0
-    worst: tuple[float, float] = (LIMIT_DB, 0.0)  # (SQNR of the device, t) of the worst call
-    seconds: list[float] = field(default_factory=list)
-
-    def add(self, reference: Array, exact: Array, device: Array, t: float) -> None:
-        self.signal += _energy(reference)
-        self.exact += _energy(reference - exact)
-        self.device += _energy(reference - device)
-        self.between += _energy(exact - device)
-        self.worst = min(self.worst, (bounded_sqnr_db(reference, device), t))
-
-
 def verify_device(
     bundle: Bundle, model: Model | str | None = None, choices: Choices = Choices(), reporter: Reporter | None = None
 ) -> VerifyReport:
@@ -90,9 +75,7 @@ def verify_device(
     """
     reporter = reporter or Reporter()
     hexagon.provider_options(choices.arch)
-    model = sources.resolve(model or bundle.manifest.model.name)
-    if model.weight_hash() != bundle.manifest.model.weight_hash:
-        raise ModelError(f"{model.name} has other weights than the model of {bundle.path}", hint="pass its own model")
+    model = measured_model(bundle, model)
     calls = calls_by_bin(bundle, model, choices.steps)
     found: list[DeviceBin] = []
     layers: list[LayerQuality] = []
@@ -118,26 +101,7 @@ def verify_device(
         clip_seconds=clip_seconds,
         bisection=searched,
     )
-    return _verdict(bundle, model, device, layers, made)
-
-
-def calls_by_bin(bundle: Bundle, model: Model, count: int) -> dict[int, list[Step]]:
-    """Up to `count` calls of each bin, spread over its steps in the float model's first trajectory.
-
-    Raises ModelError when a bin has none.
-    """
-    first = next(iter(model.iter_trajectories()), None)
-    if first is None:
-        raise ModelError(f"{model.name} brings no trajectories", hint="verify needs at least one recorded trajectory")
-    steps: dict[int, list[Step]] = {one.index: [] for plan in bundle.plans for one in plan.bins}
-    for step in first:
-        for precision in {plan.precision for plan in bundle.plans}:
-            steps[bundle.schedule.select(step["t"], step["branch"], precision=precision)].append(step)
-    for index, mine in steps.items():
-        if not mine:
-            raise ModelError(f"no step of {model.name}'s first trajectory is bin{index:02d}'s")
-    spread = {index: np.linspace(0, len(mine) - 1, min(count, len(mine))).round() for index, mine in steps.items()}
-    return {index: [steps[index][int(place)] for place in places] for index, places in spread.items()}
+    return verdict(bundle, model, device, _on_device(bundle, device), layers, made)
 
 
 def _measure(
@@ -156,37 +120,24 @@ def _measure(
         graph = Graph.load(path)
         scales = dump.compare(graph, dump.read(Path(folder)))
     exact = ort.session(graph, exact=True)
-    noise = _Noise()
+    noise = Noise()
     with closing(Ahead(bundle)) as ahead:
         for call in calls:
-            feeds = ahead.arrays(index, exact, _inputs(bundle, call))
+            feeds = ahead.arrays(index, exact, inputs_of(bundle, call))
             reference = model(**call["inputs"]).numpy()
             begin = time.perf_counter()
             device = session.run([output], feeds)[0]
             noise.seconds.append(time.perf_counter() - begin)
             noise.add(reference, exact.run([output], feeds)[0], device, call["t"])
-    exact_db, device_db, between = (
-        _db(noise.signal, noise.exact),
-        _db(noise.signal, noise.device),
-        _db(noise.signal, noise.between),
-    )
     measured = DeviceBin(
         bin=index,
         steps=len(calls),
-        exact_db=exact_db,
-        device_db=device_db,
-        drop_db=exact_db - device_db,
-        agreement_db=between,
+        **noise.figures(),
         compile_seconds=compiled,
-        run_seconds=float(np.mean(noise.seconds)),
         off_device=left,
         scales=scales,
     )
     return measured, noise.worst[1], session
-
-
-def _inputs(bundle: Bundle, call: Step) -> dict[str, Array]:
-    return {one.name: call["inputs"][one.name].numpy() for one in bundle.manifest.signature.inputs}
 
 
 def _clips(
@@ -253,7 +204,7 @@ def _search(
     """bisect() of one bin, on the first of its calls."""
     graph = Graph.load(bundle.graph_path(index))
     with closing(Ahead(bundle)) as ahead:
-        feeds = ahead.arrays(index, ort.session(graph, exact=True), _inputs(bundle, calls[index][0]))
+        feeds = ahead.arrays(index, ort.session(graph, exact=True), inputs_of(bundle, calls[index][0]))
     return bisect(
         graph,
         feeds,
@@ -262,44 +213,6 @@ def _search(
         label=bundle.schedule.bins[index].graph,
         out=choices.out,
         reporter=reporter,
-    )
-
-
-def bin_failures(one: DeviceBin) -> list[str]:
-    """What is wrong with a bin, one line each."""
-    name = f"bin{one.bin:02d}"
-    if one.error:
-        return [f"{name}: does not compile: {one.error}"]
-    found = []
-    agrees = one.agreement_db is None or one.agreement_db > NEGLIGIBLE_DB
-    if one.drop_db is not None and one.drop_db > MARGIN_DB and not agrees:
-        found.append(
-            f"{name}: {one.device_db:.2f} dB on the device, {one.exact_db:.2f} by the exact evaluator: "
-            f"more than {MARGIN_DB:g} dB lost"
-        )
-    if one.off_device:
-        found.append(f"{name}: {len(one.off_device)} nodes do not run on the device: {', '.join(one.off_device[:5])}")
-    if one.scales is not None and (wrong := (*one.scales.mismatches, *one.scales.foreign)):
-        found.append(f"{name}: {len(wrong)} quantizers differ in the compiled graph: {', '.join(wrong[:5])}")
-    return found
-
-
-def _verdict(
-    bundle: Bundle, model: Model, device: DeviceReport, layers: Sequence[LayerQuality], made: Clips
-) -> VerifyReport:
-    thresholds = bundle.plans[0].recipe.verify
-    failures = [line for one in device.bins for line in bin_failures(one)]
-    psnr, scores, worse = judge_clips(model, made, thresholds, layers, "clips on the device")
-    failures += worse
-    return VerifyReport(
-        verdict="fail" if failures else "pass",
-        bundle_bytes=bundle.size,
-        integer_kernels=_on_device(bundle, device),
-        psnr_db=psnr,
-        judge=scores,
-        layers=tuple(layers),
-        failures=tuple(failures),
-        device=device,
     )
 
 
@@ -313,11 +226,3 @@ def _on_device(bundle: Bundle, device: DeviceReport) -> KernelCount:
         planned += len(linears)
         executed += 0 if one.error else len(linears - floating)
     return KernelCount(planned=planned, executed=executed)
-
-
-def _energy(values: Array) -> float:
-    return float(np.sum(np.square(values, dtype=np.float64)))
-
-
-def _db(signal: float, noise: float) -> float:
-    return bounded(decibels(signal, noise))

@@ -26,8 +26,8 @@ _HARDWARE = "PTX ISA, mma and wgmma; no GPU was asked"
 TABLE = (
     Capability(
         subject="INT8 activations (asymmetric) x INT8 weights, per channel or in groups", supported=True,
-        detail="s8 x s8 in s32, the zero point by column sums; bias, GELU, gate, residual, low-rank branch and the next "
-        "quantizer in the same kernel", source=_TRIAL,
+        detail="s8 x s8 in s32, the zero point by column sums; bias, GELU, gate, residual, low-rank branch and the "
+        "next quantizer in the same kernel", source=_TRIAL,
     ),
     Capability(
         subject="INT8 or 4-bit activations x INT4 weights, per channel or in groups", supported=True,
@@ -90,6 +90,21 @@ def session_options(spec: TargetSpec) -> dict[str, str]:
 def integer_layers(optimised_model: Path, plan: QuantPlan) -> dict[str, bool]:
     """onnxruntime's CPU provider only checks the numbers; programs.json counts what the kernels take."""
     return {}
+
+
+def fused_layers(root: Path, plan: QuantPlan) -> dict[str, bool]:
+    """For each layer of `plan` with quantized inputs: do the programs of the bundle in `root` run it fused?
+
+    They do where a Linear takes its weight.
+    """
+    from vdq_export.targets.cuda.programs import linears
+
+    found = linears(root, {one.index for one in plan.bins})
+    return {
+        layer.name: layer.name in found
+        for layer in plan.of_bins().layers
+        if layer.weight is not None and layer.activation_dtype != "float"
+    }
 
 
 def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec) -> None:

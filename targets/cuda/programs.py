@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
 from typing import Literal
 
 import msgspec
+import onnx
 
 from vdq_export.errors import BundleError
 from vdq_export.jsonfile import decode, encode
+from vdq_export.targets.cuda.ops import DOMAIN, INPUTS
 
 PROGRAMS = "cuda/programs.json"
 KERNELS = "cuda/kernels"
@@ -48,3 +52,19 @@ class Programs(_Data, frozen=True):
     def from_json(data: bytes) -> Programs:
         """Raises BundleError when `data` is not of this format."""
         return decode(data, Programs, PROGRAMS, BundleError)
+
+
+def linears(root: Path, bins: Collection[int]) -> set[str]:
+    """Layers that the programs of the bundle in `root` for some of `bins` run as Linear on quantized inputs."""
+    found = set()
+    for program in Programs.from_json((root / PROGRAMS).read_bytes()).programs:
+        if set(bins) & set(program.bins):
+            for node in onnx.load(root / program.graph, load_external_data=False).graph.node:
+                if node.domain == DOMAIN and node.op_type == "Linear" and _operand(node, "x_scale"):
+                    found.add(_operand(node, "weight").rpartition(".weight")[0])
+    return found
+
+
+def _operand(node: onnx.NodeProto, name: str) -> str:
+    place = INPUTS[node.op_type].index(name)
+    return node.input[place] if place < len(node.input) else ""

@@ -5,6 +5,7 @@ missed.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,12 +15,22 @@ from vdq_export.report.data import VerifyReport
 from vdq_export.report.device import Bisection, DeviceBin, DeviceReport
 from vdq_export.verify import CLIPS, verify
 from vdq_export.verify_device import Choices, bisect_file, verify_device
+from vdq_export.verify_gpu import DEVICES, verify_gpu
 
 DEVICE_CLIPS = 1
 
 _on_device = together(
-    click.option("--device", type=click.Choice(["htp-emulator"]), help="Run there: each bin, then the clips."),
-    click.option("--arch", default="v75", show_default=True, help="Device's architecture."),
+    click.option(
+        "--device", type=click.Choice(["htp-emulator", *DEVICES]), help="Run there: each bin, then the clips."
+    ),
+    click.option("--arch", default="v75", show_default=True, help="Architecture of the HTP."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["bfloat16", "float16", "float32"]),
+        default="bfloat16",
+        show_default=True,
+        help="On cuda: floats between the kernels.",
+    ),
     click.option(
         "--steps-per-bin", type=click.IntRange(min=1), default=2, show_default=True, help="Calls of each bin there."
     ),
@@ -49,6 +60,7 @@ def verify_command(
     save: bool,
     device: str | None,
     arch: str,
+    dtype: str,
     steps_per_bin: int,
     bisect: bool,
     out: Path | None,
@@ -61,8 +73,8 @@ def verify_command(
     With --device the graphs run there, and what counts is what the device adds to the error. With --bisect BUNDLE may
     also be a quantized .onnx file: it is searched with random inputs.
     """
-    if device is None and (bisect or out is not None):
-        raise click.UsageError("--bisect and --out need --device")
+    if device != "htp-emulator" and (bisect or out is not None):
+        raise click.UsageError("--bisect and --out need --device htp-emulator")
     if bundle.suffix == ".onnx" and bundle.is_file():
         if not bisect:
             raise click.UsageError("a graph alone can only be searched: --device htp-emulator --bisect")
@@ -72,6 +84,11 @@ def verify_command(
     opened = Bundle.open(bundle)
     if device is None:
         report = verify(opened, model, clips=clips, reporter=reporter(verbose, quiet))
+    elif device in DEVICES:
+        on: Any = device
+        count = DEVICE_CLIPS if clips is None else clips
+        told = reporter(verbose, quiet)
+        report = verify_gpu(opened, model, device=on, dtype=dtype, steps=steps_per_bin, clips=count, reporter=told)
     else:
         count = DEVICE_CLIPS if clips is None else clips
         choices = Choices(arch=arch, steps=steps_per_bin, clips=count, bisect=bisect, out=out)

@@ -8,7 +8,7 @@ import msgspec
 
 from vdq_export.jsonfile import encode
 
-Device = Literal["htp-emulator"]
+Device = Literal["htp-emulator", "cuda", "cuda-torch"]
 
 
 class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

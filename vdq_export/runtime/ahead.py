@@ -44,7 +44,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """One graph of `kind` prompt, step or mixed, by names of inputs and outputs; `reads`: of them all, through others,
     what the model itself is called with.
     """
@@ -61,7 +61,7 @@ class _Parts:
 
     def __init__(self, root: Path, hoisted: Hoisted, signature: Signature) -> None:
         self.tables = Tables(root / hoisted.tables, hoisted.timesteps) if hoisted.tables else None
-        self.makers: dict[str, _Part] = {}
+        self.makers: dict[str, Part] = {}
         self.has_step = bool(hoisted.step)
         model = {one.name for one in signature.inputs}
         for kind, path in (("prompt", hoisted.prompt), ("step", hoisted.step), ("mixed", hoisted.mixed)):
@@ -69,7 +69,7 @@ class _Parts:
                 part = self._part(kind, root / path, model, signature.timestep)
                 self.makers |= dict.fromkeys(part.outputs, part)
 
-    def _part(self, kind: str, graph: Path, model: Collection[str], timestep: str) -> _Part:
+    def _part(self, kind: str, graph: Path, model: Collection[str], timestep: str) -> Part:
         found = onnx.load(graph, load_external_data=False).graph
         inputs = tuple(value.name for value in found.input)
         reads = {name for name in inputs if name in model}
@@ -78,7 +78,7 @@ class _Parts:
                 reads |= set(self.makers[name].reads)
             elif self.tables and name in self.tables.values:
                 reads.add(timestep)
-        return _Part(kind, graph, inputs, tuple(value.name for value in found.output), tuple(sorted(reads)))
+        return Part(kind, graph, inputs, tuple(value.name for value in found.output), tuple(sorted(reads)))
 
 
 class Ahead:
@@ -141,7 +141,7 @@ class Ahead:
         self._prompts.clear()
         self._steps.clear()
 
-    def run(self, part: _Part, inputs: Mapping[str, Array], feeds: Callable[[], Mapping[str, Value]]) -> Values:
+    def run(self, part: Part, inputs: Mapping[str, Array], feeds: Callable[[], Mapping[str, Value]]) -> Values:
         """What `part` gives for the model's `inputs`, run on feeds() unless that is known already."""
 
         def run() -> Values:

@@ -18,7 +18,7 @@ import torch
 from vdq_export.bundle import Bundle
 from vdq_export.errors import BundleError, MissingToolError, UnknownNameError
 from vdq_export.plan import Branch
-from vdq_export.runtime.ahead import Ahead, _Part
+from vdq_export.runtime.ahead import Ahead, Part
 from vdq_export.runtime.batching import Array
 from vdq_export.runtime.engine import Engine
 from vdq_export.runtime.families import Family
@@ -64,7 +64,7 @@ class DeviceAhead(Ahead):
         self._device = device
         self._programs: dict[Path, Program] = {}
 
-    def run(self, part: _Part, inputs: Mapping[str, Array], feeds: Callable[[], Mapping[str, Any]]) -> Values:
+    def run(self, part: Part, inputs: Mapping[str, Array], feeds: Callable[[], Mapping[str, Any]]) -> Values:
         def run() -> Values:
             made = self._program(part.graph)(uploaded(feeds(), self._device))
             self.count(f"{part.kind}_runs")
