@@ -54,26 +54,20 @@ def add(
     op: str,
     name: str,
     operands: Mapping[str, Value | None],
-    results: Mapping[str, tuple[Any, Sequence[int]]],
+    results: Mapping[str, Value | tuple[Any, Sequence[int]]],
     attrs: Mapping[str, Any] | None = None,
 ) -> Node:
-    """Append a fused node. results: {name: (type, shape)} of those it has; its y carries the node's name."""
+    """Append a fused node. results: of those it has, a value that no node makes now, or (type, shape) of a new one."""
     inputs = [value if (value := operands.get(one)) is not None else absent() for one in INPUTS[op]]
-    path = graph.fresh(name)
-    first, *rest = OUTPUTS[op]
-    kept = {one: results[one] for one in rest if one in results}
-    dtype, shape = results.get(first, (None, None))
-    more = [(f"/{one}", *described) for one, described in kept.items()]
-    made = graph.add_node(op, inputs, path, dtype=dtype, shape=shape, attrs=attrs, domain=DOMAIN, more=more)
+    new = {one: described for one, described in results.items() if isinstance(described, tuple)}
+    more = [(f"/{one}", *described) for one, described in new.items()]
+    made = graph.add_node(op, inputs, name, dtype=None, shape=None, attrs=attrs, domain=DOMAIN, more=more)
     node = made.inputs[0]
-    _, *others = list(node.outputs)
+    values = dict(zip(new, list(node.outputs)[1:], strict=True))
     node.outputs.clear()
-    if first in results:
-        put_result(node, first, made)
-    for one, value in zip(kept, others, strict=True):
-        put_result(node, one, value)
-    put(node)
-    while node.inputs and not node.inputs[-1].name:
+    for one, described in results.items():
+        put_result(node, one, values.get(one, described))
+    while not node.inputs[-1].name:
         del node.inputs[-1]
     return node
 

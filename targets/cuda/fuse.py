@@ -1,0 +1,30 @@
+"""The one ordered list of rewrites from a QDQ graph to one of fused kernels. What none of them takes stays as it is."""
+
+from __future__ import annotations
+
+from vdq_export.contract import PassContext, PassReport
+from vdq_export.graph import Graph
+from vdq_export.targets.cuda import (
+    fuse_epilogue,
+    fuse_linear,
+    fuse_low_rank,
+    fuse_low_rank_down,
+    fuse_normalize,
+)
+
+REWRITES = (
+    fuse_linear,  # first: the kernels that the others add to, and quantizers on their own
+    fuse_low_rank,  # before the epilogue, which stands behind this sum
+    fuse_epilogue,  # before norms: smoothing and a quantizer behind a linear belong to the linear
+    fuse_normalize,  # the quantizers that are left
+    fuse_low_rank_down,  # last: beside what stands in front of a quantizer, whole
+)
+
+
+def run(graph: Graph, context: PassContext | None = None) -> list[PassReport]:
+    """Run them all on `graph` in place."""
+    reports = []
+    for rewrite in REWRITES:
+        reports.append(rewrite.run(graph, context or PassContext()))
+        graph.check()
+    return reports
