@@ -31,15 +31,12 @@ from vdq_export.targets import cuda
 from vdq_export.trace import OUTPUT
 from vdq_export.verify import Clips
 
-Device = Literal["cuda", "cuda-torch"]
-DEVICES: tuple[Device, ...] = ("cuda", "cuda-torch")
-
 
 def verify_gpu(
     bundle: Bundle,
     model: Model | str | None = None,
     *,
-    device: Device = "cuda",
+    device: Literal["cuda", "cuda-torch"] = "cuda",
     dtype: str = "bfloat16",
     steps: int = 2,
     clips: int = 1,

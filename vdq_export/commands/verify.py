@@ -12,16 +12,15 @@ import click
 from vdq_export.bundle import Bundle
 from vdq_export.commands.options import machine_readable, reporter, together, verbosity
 from vdq_export.report.data import VerifyReport
-from vdq_export.report.device import Bisection, DeviceBin, DeviceReport
+from vdq_export.report.device import GPU_DEVICES, Bisection, DeviceBin, DeviceReport
 from vdq_export.verify import CLIPS, verify
 from vdq_export.verify_device import Choices, bisect_file, verify_device
-from vdq_export.verify_gpu import DEVICES, verify_gpu
 
 DEVICE_CLIPS = 1
 
 _on_device = together(
     click.option(
-        "--device", type=click.Choice(["htp-emulator", *DEVICES]), help="Run there: each bin, then the clips."
+        "--device", type=click.Choice(["htp-emulator", *GPU_DEVICES]), help="Run there: each bin, then the clips."
     ),
     click.option("--arch", default="v75", show_default=True, help="Architecture of the HTP."),
     click.option(
@@ -84,7 +83,9 @@ def verify_command(
     opened = Bundle.open(bundle)
     if device is None:
         report = verify(opened, model, clips=clips, reporter=reporter(verbose, quiet))
-    elif device in DEVICES:
+    elif device in GPU_DEVICES:
+        from vdq_export.verify_gpu import verify_gpu  # what lowers programs, which nobody else needs
+
         on: Any = device
         count = DEVICE_CLIPS if clips is None else clips
         told = reporter(verbose, quiet)

@@ -9,6 +9,7 @@ import msgspec
 from vdq_export.jsonfile import encode
 
 Device = Literal["htp-emulator", "cuda", "cuda-torch"]
+GPU_DEVICES = ("cuda", "cuda-torch")  # the programs of a bundle for GPUs: there, or in plain torch on the CPU
 
 
 class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
