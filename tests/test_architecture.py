@@ -74,6 +74,7 @@ LAYERS = {
     "vdq_export.verify_device": 4,
     "vdq_export.verify_gpu": 4,
     "vdq_export.device_checks": 4,
+    "vdq_export.doctor": 4,
     "vdq_export.commands": 5,
     "vdq_export.cli": 6,
 }

@@ -50,6 +50,7 @@ _COMMANDS = {
     "recipes": ("catalogue", "recipes_command"),
     "targets": ("catalogue", "targets_command"),
     "families": ("catalogue", "families_command"),
+    "doctor": ("doctor", "doctor_command"),
 }
 
 
@@ -69,7 +70,7 @@ def cli() -> None:
       vdq-export verify bundle                      compare it with the float model
       vdq-export package.module:factory --out DIR   compile your own model
 
-    MODEL is sample:NAME, a diffusers folder, an .onnx file, or package.module:factory (returns a vdq_export.Model).
+    MODEL: sample:NAME, a diffusers folder, an .onnx file, package.module:factory.
     """
 
 
