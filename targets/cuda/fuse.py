@@ -5,16 +5,20 @@ from __future__ import annotations
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph
 from vdq_export.targets.cuda import (
+    fuse_attention,
     fuse_epilogue,
     fuse_linear,
     fuse_low_rank,
     fuse_low_rank_down,
     fuse_normalize,
+    fuse_rope,
 )
 
 REWRITES = (
     fuse_linear,  # first: the kernels that the others add to, and quantizers on their own
     fuse_low_rank,  # before the epilogue, which stands behind this sum
+    fuse_attention,  # quantizers of heads on their own
+    fuse_rope,  # takes them, and before norms those that only it reads
     fuse_epilogue,  # before norms: smoothing and a quantizer behind a linear belong to the linear
     fuse_normalize,  # the quantizers that are left
     fuse_low_rank_down,  # last: beside what stands in front of a quantizer, whole

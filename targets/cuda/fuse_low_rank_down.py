@@ -9,6 +9,8 @@ Exact: the kernel multiplies the v that it has not quantized. Slices of low for 
 
 from __future__ import annotations
 
+import numpy as np
+
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value, is_constant
 from vdq_export.match import readers
@@ -43,11 +45,17 @@ def _product(reader: Node, y: Value) -> Node | None:
 
 
 def _fuse(graph: Graph, node: Node, gemm: Node) -> None:
-    y, rows, down, low = result(node, "y"), *gemm.inputs, gemm.outputs[0]
+    y, (rows, down), low = result(node, "y"), gemm.inputs, gemm.outputs[0]
     remove(gemm)
     if rows is not y and not readers(rows):
         remove(rows.inputs[0])
     put(node, down=down)
+    if rows is not y:  # the kernel's has the leading axes of y
+        target = graph.constant(graph.fresh(f"{low.name}/Rows.shape"), np.array(low.shape, np.int64))
+        name = graph.fresh(f"{low.name}/Rows")
+        flat = graph.add_node("Reshape", [low, target], name, dtype=low.dtype, shape=low.shape)
+        graph.replace_uses(low, flat, keep=flat.inputs)
+        low.shape = [*y.shape[:-1], down.shape[1]]
     put_result(node, "low", low)
     if not readers(y) and not is_output(graph, y):
         put_result(node, "y", None)

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value
-from vdq_export.match import constant_operand, is_root_mean_square, made_by, other_input, readers, scalar
+from vdq_export.match import constant_operand, other_input, readers
 from vdq_export.targets.cuda._fused import absorb, add, next_node, operand, put, remove, result
+from vdq_export.targets.cuda._norms import norm_at
 from vdq_export.targets.cuda._operands import channels, is_channels, is_rows
 from vdq_export.targets.cuda._rotations import Rotation, rotation_at
 from vdq_export.targets.cuda._steps import only_quantizes, take_activation, take_quantizer
@@ -52,21 +51,8 @@ def run(graph: Graph, context: PassContext) -> PassReport:
 
 def _norm(graph: Graph, node: Node) -> Node | None:
     """A kernel in the place of a norm."""
-    if node.op == "LayerNormalization" and len(node.outputs) == 1:
-        x, *factors = node.inputs
-        if node.attrs.get("axis", -1) not in (-1, len(x.shape) - 1):
-            return None
-        if not all(is_channels(one, x.shape[-1]) for one in factors if one.name):
-            return None
-        weight, bias = (*factors, None, None)[:2]
-        weight = None if weight is None or (np.asarray(weight.values) == 1).all() else weight
-        attrs = {"norm": "layer", "epsilon": float(node.attrs.get("epsilon", 1e-5))}
-        return _made(graph, node, {"x": x, "weight": weight, "bias": bias}, attrs)
-    root = made_by(node.inputs[1], "Sqrt") if node.op == "Div" else None
-    if root is None or not is_root_mean_square(root, node.inputs[0]):
-        return None
-    epsilon = next(e for t in made_by(root.inputs[0], "Add").inputs if (e := scalar(t)) is not None)
-    return _made(graph, node, {"x": node.inputs[0]}, {"norm": "rms", "epsilon": epsilon})
+    found = norm_at(node)
+    return found and _made(graph, node, {"x": found.x, "weight": found.weight, "bias": found.bias}, found.attrs)
 
 
 def _rotation(graph: Graph, node: Node, report: PassReport) -> Node | None:
@@ -76,8 +62,9 @@ def _rotation(graph: Graph, node: Node, report: PassReport) -> Node | None:
         report.skip(node.name, found)
     if found is None or isinstance(found, str):
         return None
-    x = node.inputs[0]
-    made = _made(graph, found.nodes[-1], {"x": x}, {"norm": "none"})
+    x, (*first, last) = node.inputs[0], found.nodes
+    remove(*first)
+    made = _made(graph, last, {"x": x}, {"norm": "none"})
     _turn(graph, made, found)
     return made
 
@@ -110,6 +97,9 @@ def _step(graph: Graph, node: Node) -> str:
     turned = next_node(graph, y, "Reshape", "MatMul") if last < _HADAMARD else None
     rotation = rotation_at(graph, turned) if turned else None
     if isinstance(rotation, Rotation):
+        *first, last = rotation.nodes
+        remove(*first)
+        absorb(node, last)
         _turn(graph, node, rotation)
         return "hadamard"
     reader = next_node(graph, y, "Mul", "Add")
@@ -152,9 +142,6 @@ def _sum(node: Node, other: Value, last: int) -> str:
 
 
 def _turn(graph: Graph, node: Node, rotation: Rotation) -> None:
-    *first, last = rotation.nodes
-    remove(*first)
-    absorb(node, last)
     node.attrs["hadamard"] = rotation.block
     if rotation.scale is not None:
         put(node, post=graph.constant(graph.fresh(f"{node.name}.post"), rotation.scale))

@@ -20,8 +20,10 @@ from vdq_export.match import made_by, readers, scalar
 from vdq_export.number_grid import numpy_type
 from vdq_export.plan import E4M3_MAX
 from vdq_export.targets.cuda._fused import fused_by
+from vdq_export.targets.cuda.ops import DOMAIN
 
 SHIFT = 128
+LINE = 4  # numbers: each parameter begins on 16 bytes of the table
 _TYPES = {"uint8": "int8", "int8": "int8", "float8_e4m3fn": "float8e4m3fn"}
 _RANGES = {"int8": (-SHIFT, SHIFT - 1), "float8e4m3fn": (-E4M3_MAX, E4M3_MAX)}
 _NEAR = 1e-3  # a bound is a level times a scale, both float32
@@ -58,6 +60,24 @@ def numbers(value: Value) -> Array | None:
         return None
     start, size = int(pick.attrs["offset"]), prod(pick.attrs.get("shape", ()))
     return np.asarray(row.inputs[0].values[:, start : start + size])
+
+
+def in_table(graph: Graph, like: Value, entries: Array) -> Value:
+    """entries[bins, n] as `like` holds its own: a constant, or a Pick from the row of the bin that runs."""
+    entries = np.asarray(entries, np.float32)
+    name = f"{like.name}.heads"
+    pick = fused_by(like, "Pick")
+    if pick is None:
+        return graph.constant(graph.fresh(name), entries[0])
+    row = pick.inputs[0]
+    table = row.inputs[0].inputs[0]
+    offset, width = table.values.shape[1], -(-entries.shape[1] // LINE) * LINE
+    padded = np.pad(entries, ((0, 0), (0, width - entries.shape[1])))
+    table.values = np.concatenate([table.values, padded], axis=1)
+    row.shape = [offset + width]
+    attrs = {"offset": offset, "shape": [entries.shape[1]]}
+    shape = [entries.shape[1]]
+    return graph.add_node("Pick", [row], graph.fresh(name), dtype=np.float32, shape=shape, attrs=attrs, domain=DOMAIN)
 
 
 def read(graph: Graph, node: Node) -> Quantizer | str:
