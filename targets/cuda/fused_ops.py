@@ -7,7 +7,6 @@ a head, and stay on the device.
 
 from __future__ import annotations
 
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -21,15 +20,14 @@ from vdq_export.targets.cuda.ops import INPUTS, OUTPUTS
 PREFIX = "vdq.cuda."
 KINDS = {"int8": "int8", "int4": "int4", "float8e4m3fn": "fp8"}  # weight_type -> kernels' name of it
 CODES = {"int8": torch.int8, "float8e4m3fn": torch.float8_e4m3fn}  # out_type -> how codes lie in memory
-FLOAT_OPERANDS = {  # those that have the compute type; the others are float32, as they come, or codes
-    "Linear": ("x", "low", "up"), "Normalize": ("down",), "Rope": (), "Attention": ("q", "k", "v"),
+COMPUTE = {  # operands that have the compute type when they are floats; others stay as they come, constants float32
+    "Linear": ("x", "low", "up"), "Normalize": ("down",), "Attention": ("q", "k", "v"),
 }  # fmt: skip
-AS_THEY_ARE = {
-    "Linear": ("gate", "residual"),
-    "Normalize": ("x", "scale", "shift"),
-    "Rope": ("x",),
-    "Attention": ("mask",),
-}
+VECTORS = {  # operands of one axis, whatever axes of one element the graph gives them
+    "Linear": ("bias", "post"), "Normalize": ("weight", "bias", "smooth", "post"), "Rope": ("weight", "out_scale"),
+    "Attention": ("q_scale", "k_scale", "v_scale"),
+}  # fmt: skip
+TABLES = {"Rope": ("cos", "sin")}  # [tokens, channels]
 HINT = "pip install 'vdq-export[cuda]'"
 Result = Tensor | None
 
@@ -63,6 +61,14 @@ def kernel(file: str, name: str) -> Any:
 
 
 # -- what the programs call ------------------------------------------------------------------------------------------
+
+
+def vector(x: Tensor) -> Tensor:
+    return x.reshape(-1)
+
+
+def table(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def row(bins: Tensor, index: Tensor) -> Tensor:
@@ -141,4 +147,3 @@ def _codes(x: Tensor) -> Tensor:
 
 
 CALLS = {"Linear": linear, "Normalize": normalize, "Rope": rope, "Attention": attention}
-PER_HEAD = partial(torch.Tensor.reshape, shape=(-1,))
