@@ -43,8 +43,8 @@ class Launch:
         return self.kernel.removeprefix(PACKAGE)
 
 
-def record(program: Callable[[], object], arch: str) -> list[Launch]:
-    """Every different launch of our kernels that `program` makes on a device of this architecture, in order of name.
+def record(program: Callable[[], object], arch: str, package: str = PACKAGE) -> list[Launch]:
+    """Every different launch of the package's kernels that `program` makes on this architecture, in order of name.
 
     Raises ConfigError where the architecture has no such kernel, AotError in Triton's interpreter.
     """
@@ -54,7 +54,7 @@ def record(program: Callable[[], object], arch: str) -> list[Launch]:
 
     def hook(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
         kernel = f"{fn.module}:{fn.name}"
-        if kernel.startswith(PACKAGE):
+        if kernel.startswith(package):
             data = json.loads(compile["specialization_data"])
             data["options"].pop("extern_libs", None)  # a path of this machine; Triton fills in its own
             found.add(Launch(kernel, arch, json.dumps(data)))  # unsorted: the signature is in the order of arguments

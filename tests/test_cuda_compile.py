@@ -1,0 +1,44 @@
+"""Every kernel, as it is configured, compiles for sm_90 to the instructions it was written for, without spills."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("triton", reason="triton has wheels for Linux only")
+
+from tests.cuda_compile import Compiler, wrong
+from tests.cuda_kernel_cases import BYTE_BY_BYTE, CASES, WGMMA_INT8, Case
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[Compiler]:
+    with Compiler() as one:
+        yield one
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_as_written(compiler: Compiler, name: str) -> None:
+    assert wrong(CASES[name], compiler.compiled(name)) == []
+
+
+FAULTS = {
+    "not K-major": BYTE_BY_BYTE,
+    "too few rows for wgmma": "no wgmma",
+    "too many accumulators": "spills",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen(compiler: Compiler, fault: str) -> None:
+    found = wrong(Case(print, (WGMMA_INT8,)), compiler.compiled(fault))
+    assert any(FAULTS[fault] in one for one in found), found
+
+
+def test_a_plain_product_has_no_fault(compiler: Compiler) -> None:
+    assert wrong(Case(print, (WGMMA_INT8,)), compiler.compiled("none")) == []
+
+
+def test_a_case_that_launches_nothing_is_seen() -> None:
+    assert wrong(Case(print), []) == ["nothing was launched"]
