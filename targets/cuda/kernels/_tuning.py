@@ -13,14 +13,14 @@ import os
 import secrets
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 
-from vdq_export.targets.cuda.kernels._config import Config, ConfigError, Run, candidates, check_config
+from vdq_export.targets.cuda.kernels._config import Config, ConfigError, Run, candidates, check_config, rule
 
 RUNS = 7  # each timed alone; the median counts
 _active: ContextVar[bool] = ContextVar("tuning", default=False)
@@ -45,7 +45,7 @@ def tuned(
         return None
     question = _question(kernel, shape, kind, arch)
     if question not in _known:
-        _known[question] = _read(question)
+        _known[question] = _read(question, rule(arch, kernel, shape, kind).keys())
     if _known[question] is None and run is not None and _may_time():
         with tuning(False):  # what `run` launches does not ask again
             best = best_of(candidates(kernel, arch, shape, kind), run)
@@ -113,13 +113,16 @@ def _place(question: str) -> Path:
     return folder() / "tuned" / f"{hashlib.sha256(question.encode()).hexdigest()}.json"
 
 
-def _read(question: str) -> Config | None:
+def _read(question: str, parameters: Set[str]) -> Config | None:
     place = _place(question)
     try:
         data = json.loads(place.read_text(encoding="utf-8"))
         if not isinstance(data, dict) or data.get("question") != json.loads(question):
             raise ConfigError("another question's answer")
-        return check_config(data.get("config"), place.name)
+        found = check_config(data.get("config"), place.name)
+        if found.keys() != parameters:
+            raise ConfigError("the kernel of another version")
+        return found
     except FileNotFoundError:
         return None
     except (OSError, ValueError, ConfigError) as error:
