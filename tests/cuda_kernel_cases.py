@@ -78,6 +78,34 @@ def _low_rank(kind: str, rank: int = 32, **more: Any) -> object:
     return _linear(kind, low=low, up=up, **more)
 
 
+def _normalize(k: int = SMALL, fp8: bool = False, **more: Any) -> object:
+    from vdq_export.targets.cuda.kernels.normalize import normalize
+
+    kinds = {"norm": "layer", "scale": meta(1, k), "shift": meta(1, k), "quant": _quant(fp8), "keep": False}
+    return normalize(meta(TOKENS, k, dtype=torch.bfloat16), **{**kinds, **more})  # type: ignore[arg-type]
+
+
+def _attention(d: int = 128, fp8: bool = True, keys: int = TOKENS, **more: Any) -> object:
+    from vdq_export.targets.cuda.kernels._quant import FLOAT8
+    from vdq_export.targets.cuda.kernels.attention import attention
+
+    heads = SMALL // d
+    q, k = (meta(1, length, SMALL, dtype=torch.int8) for length in (TOKENS, keys))
+    v = meta(1, keys, SMALL, dtype=FLOAT8 if fp8 else torch.bfloat16)
+    if more.get("quant"):
+        more["quant"] = _quant()
+    scales = {"q_scale": meta(heads), "k_scale": meta(heads), "v_scale": meta(heads) if fp8 else None}
+    return attention(q, k, v, heads=heads, scale=d**-0.5, **{**scales, **more})  # type: ignore[arg-type]
+
+
+def _rope(heads: int = 12, d: int = 128, **more: Any) -> object:
+    from vdq_export.targets.cuda.kernels.rope import rope
+
+    angles = {name: meta(TOKENS, d // 2) for name in ("cos", "sin")}
+    x = meta(1, TOKENS, heads * d, dtype=torch.bfloat16)
+    return rope(x, heads=heads, norm="rms", weight=meta(heads * d), epsilon=1e-6, interleaved=True, **angles, **more)
+
+
 CASES: dict[str, Case] = {
     "int8": Case(partial(_up, "int8"), (WGMMA_INT8,)),
     "int8 gate residual": Case(partial(_out, "int8"), (WGMMA_INT8,)),
@@ -92,4 +120,27 @@ CASES: dict[str, Case] = {
     "int4 time": Case(partial(_linear, "int4", m=1), (WGMMA_INT8,)),
     "int4 groups of 128": Case(partial(_out, "int4", group=128), (WGMMA_INT8,)),
     "int4 groups of 32": Case(partial(_up, "int4", group=32), (WGMMA_INT8,)),
+    "fp8": Case(partial(_up, "fp8", fp8=True), (WGMMA_FP8,)),
+    "fp8 gate residual": Case(partial(_out, "fp8"), (WGMMA_FP8,)),
+    "fp8 prompt": Case(partial(_linear, "fp8", m=512), (WGMMA_FP8,)),
+    "fp8 time": Case(partial(_linear, "fp8", m=1), (WGMMA_FP8,)),
+    "weight-only int8": Case(partial(_out, "int8", codes=False), (WGMMA_BF16,)),
+    "weight-only int8 groups": Case(partial(_linear, "int8", codes=False, group=128), (WGMMA_BF16,)),
+    "weight-only int4 groups": Case(partial(_out, "int4", codes=False, group=64), (WGMMA_BF16,)),
+    "weight-only int4 prompt": Case(partial(_linear, "int4", codes=False, m=512), (WGMMA_BF16,)),
+    "weight-only int4 time": Case(partial(_linear, "int4", codes=False, m=1), (WGMMA_BF16,)),
+    "normalize": Case(_normalize),
+    "normalize fp8": Case(partial(_normalize, LARGE, fp8=True)),
+    "normalize low rank": Case(partial(_normalize, smooth=meta(SMALL), down=meta(SMALL, 32, dtype=torch.bfloat16))),
+    "normalize hadamard 128": Case(partial(_normalize, hadamard=128)),
+    "normalize hadamard 1536": Case(partial(_normalize, hadamard=SMALL)),
+    "normalize hadamard 5120": Case(partial(_normalize, LARGE, hadamard=LARGE)),
+    "hadamard 8960": Case(partial(_normalize, WIDE, norm="none", scale=None, shift=None, hadamard=256)),
+    "attention": Case(_attention, (WGMMA_INT8, WGMMA_FP8)),
+    "attention codes out": Case(partial(_attention, quant=True, keep=False), (WGMMA_INT8, WGMMA_FP8)),
+    "attention 64": Case(partial(_attention, d=64), (WGMMA_INT8, WGMMA_FP8)),
+    "attention float v": Case(partial(_attention, fp8=False), (WGMMA_INT8,)),
+    "attention prompt": Case(partial(_attention, keys=512, mask=meta(1, 1, 1, 512)), (WGMMA_INT8, WGMMA_FP8)),
+    "rope": Case(_rope),
+    "rope codes": Case(partial(_rope, scale=meta(12))),
 }

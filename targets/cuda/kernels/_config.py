@@ -93,6 +93,14 @@ def arch() -> str:
     return _of_device(torch.cuda.current_device()) if torch.cuda.is_available() else "sm_90"
 
 
+def capability() -> tuple[int, int]:
+    """(major, minor) of what kernels are chosen for; without a GPU Hopper's."""
+    if _assumed.get() is None and torch.cuda.is_available():
+        return torch.cuda.get_device_capability()
+    number = int(arch().removeprefix("sm_"))
+    return number // 10, number % 10
+
+
 @contextmanager
 def assume(name: str) -> Iterator[None]:
     """Choose as on another architecture: for compiling ahead of time."""
