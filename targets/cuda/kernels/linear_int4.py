@@ -30,11 +30,13 @@ import triton
 import triton.language as tl
 
 from vdq_export.targets.cuda.kernels import _config
+from vdq_export.targets.cuda.kernels._across import low_rank_across
 from vdq_export.targets.cuda.kernels._config import Config
 from vdq_export.targets.cuda.kernels._epilogue import Epilogue, finish
 from vdq_export.targets.cuda.kernels._numbers import INTERPRETED
+from vdq_export.targets.cuda.kernels._operand import block, grid, operand, whole
 from vdq_export.targets.cuda.kernels._pack4 import ALIGNMENT
-from vdq_export.targets.cuda.kernels._tile import grid, tile
+from vdq_export.targets.cuda.kernels._tile import place
 from vdq_export.targets.cuda.kernels._weight import Weight
 
 MOST_INPUTS = 65536  # 16 · 8 · 255 of each still add up to an int32
@@ -55,61 +57,70 @@ def halves(packed):
     return first, second
 
 
-@triton.jit(do_not_specialize_on_alignment=["x_scale", "x_zero", "out_scale", "out_zero"])
-def _kernel(
-    x, w, w_scale, colsum, x_scale, x_zero, m, n, k, half,
-    bias, low, low_stride, up, gate, per_sample, residual, post, out_scale, out_zero, y, q,
-    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ACT: tl.constexpr, ONE_SAMPLE: tl.constexpr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr,
-    GROUP: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    """One tile. BLOCK_K: bytes of a row a step, each two inputs. EVEN: K = 2 · half, no input is padded."""
-    down, right = tile(m, n, BLOCK_M, BLOCK_N, GROUP_M)
-    rows, cols = down * BLOCK_M + tl.arange(0, BLOCK_M), right * BLOCK_N + tl.arange(0, BLOCK_N)
-    known = cols % n  # beyond the edge: any that exist, their results are not stored
-    depth = tl.arange(0, BLOCK_K)
-    w_at = w + known[:, None].to(tl.int64) * half + depth[None, :]
-    x_at = x + (rows % m)[None, :].to(tl.int64) * k + depth[:, None]
+@triton.jit
+def _sums(x, w, w_scale, row, col, m, n, k, half, x_stride,
+          GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+          TMA: tl.constexpr):  # fmt: skip
+    """16 · Σ_k c·w of a tile, transposed, [N, M]: int32, or float32 with the scales of groups in it."""
+    cols = (col + tl.arange(0, BLOCK_N)) % n  # beyond the edge: any that exist, nothing is stored of them
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32 if GROUP else tl.int32)
     for at in range(0, half, BLOCK_K):
-        packed = tl.load(w_at)
-        if EVEN:
-            a, b = tl.load(x_at), tl.load(x_at + half)
-        else:
-            a = tl.load(x_at, mask=(at + depth < k)[:, None], other=0)
-            b = tl.load(x_at + half, mask=(half + at + depth < k)[:, None], other=0)
+        packed = block(w, col, at, n, half, half, BLOCK_N, BLOCK_K, TMA)
+        a = block(x, row, at, m, k, x_stride, BLOCK_M, BLOCK_K, TMA)
+        b = block(x, row, half + at, m, k, x_stride, BLOCK_M, BLOCK_K, TMA)
         first, second = halves(packed)
-        if GROUP:
-            a_scale = tl.load(w_scale + tl.minimum(at, k - 1) // GROUP * n + known)
-            b_scale = tl.load(w_scale + tl.minimum(half + at, k - 1) // GROUP * n + known)
-            acc += tl.dot(first, a, out_dtype=tl.int32).to(tl.float32) * a_scale[:, None]
-            acc += tl.dot(second, b, out_dtype=tl.int32).to(tl.float32) * b_scale[:, None]
+        if GROUP:  # both scales before the products that they wait for
+            a_scale = tl.load(w_scale + tl.minimum(at, k - 1) // GROUP * n + cols)
+            b_scale = tl.load(w_scale + tl.minimum(half + at, k - 1) // GROUP * n + cols)
+            acc += tl.dot(first, a.T, out_dtype=tl.int32).to(tl.float32) * a_scale[:, None]
+            acc += tl.dot(second, b.T, out_dtype=tl.int32).to(tl.float32) * b_scale[:, None]
         else:
-            acc = tl.dot(first, a, acc, out_dtype=tl.int32)
-            acc = tl.dot(second, b, acc, out_dtype=tl.int32)
-        w_at += BLOCK_K
-        x_at += BLOCK_K
-    product = _scaled(tl.trans(acc), known, w_scale, colsum, x_scale, x_zero, GROUP)
-    finish(
-        product, rows, cols, m, n, bias, low, low_stride, up, gate, per_sample, residual, post, out_scale, out_zero, y, q,
-        RANK, RANK_BLOCK, ACT, ONE_SAMPLE, LOW, HIGH, FP8,
-    )  # fmt: skip
+            acc = tl.dot(first, a.T, acc, out_dtype=tl.int32)
+            acc = tl.dot(second, b.T, acc, out_dtype=tl.int32)
+    return acc
 
 
 @triton.jit
-def _scaled(acc, known, w_scale, colsum, x_scale, x_zero, GROUP: tl.constexpr):
-    """The sums [M, N] of 16 · c · w, less the zero's part, in x's and w's units."""
+def _scaled(acc, cols, n, w_scale, colsum, x_scale, x_zero, GROUP: tl.constexpr):
+    """The sums [N, M] of 16 · c · w, less the zero's part, in the units of x and w."""
+    known = cols % n
     factor = tl.load(x_scale).to(tl.float32) * 0.0625
     if GROUP:
         if x_zero is not None:
-            acc -= (16.0 * tl.load(x_zero).to(tl.float32)) * tl.load(colsum + known)[None, :]
+            acc -= (16.0 * tl.load(x_zero).to(tl.float32)) * tl.load(colsum + known)[:, None]
         v = acc * factor
     else:
         if x_zero is not None:
-            acc -= (16 * tl.load(x_zero).to(tl.int32)) * tl.load(colsum + known)[None, :]
-        v = acc.to(tl.float32) * (factor * tl.load(w_scale + known))[None, :]
+            acc -= (16 * tl.load(x_zero).to(tl.int32)) * tl.load(colsum + known)[:, None]
+        v = acc.to(tl.float32) * (factor * tl.load(w_scale + known))[:, None]
     return v
+
+
+@triton.jit(do_not_specialize_on_alignment=["x_scale", "x_zero", "out_scale", "out_zero"])
+def _kernel(
+    x, w, w_scale, colsum, x_scale, x_zero, m, n, k, half, x_stride,
+    bias, low, low_stride, up, gate, per_sample, residual, post, out_scale, out_zero, y, q,
+    RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, ACT: tl.constexpr, ONE_SAMPLE: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    TMA: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """This program's tile, or every programs-th from it on. BLOCK_K: bytes of a row a step, each two inputs."""
+    number = tl.program_id(0)
+    beyond = tl.cdiv(m, BLOCK_M) * tl.cdiv(n, BLOCK_N) if PERSISTENT else number + 1
+    for each in tl.range(number, beyond, tl.num_programs(0), flatten=PERSISTENT):
+        down, right = place(each, m, n, BLOCK_M, BLOCK_N, GROUP_M)
+        row, col = down * BLOCK_M, right * BLOCK_N
+        rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+        acc = _sums(x, w, w_scale, row, col, m, n, k, half, x_stride, GROUP, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
+        v = _scaled(acc, cols, n, w_scale, colsum, x_scale, x_zero, GROUP)
+        if low is not None:
+            v = low_rank_across(v, low, low_stride, up, rows, cols, m, n, RANK, RANK_BLOCK)
+        finish(
+            tl.trans(v), rows, cols, m, n,
+            bias, None, low_stride, up, gate, per_sample, residual, post, out_scale, out_zero, y, q,
+            RANK, RANK_BLOCK, ACT, ONE_SAMPLE, LOW, HIGH, FP8,
+        )  # fmt: skip
 
 
 def launch(
@@ -124,17 +135,21 @@ def launch(
     (m, k), n, group = x.shape, weight.n, weight.group
     if config is None:
         config = _config.config(
-            "linear_int4", lambda c: launch(x, weight, x_scale, x_zero, epilogue, c), m=m, n=n, k=k, group=group
-        )
-    config = {**config, "BLOCK_K": min(config["BLOCK_K"], gcd(ALIGNMENT, group))}
-    if k > MOST_INPUTS or config["BLOCK_K"] < LEAST_DEPTH:
+            "linear_int4", lambda one: launch(x, weight, x_scale, x_zero, epilogue, one),
+            m=m, n=n, k=k, group=group, low=epilogue.low is not None,
+        )  # fmt: skip
+    x = x.contiguous()
+    depth = min(config["BLOCK_K"], gcd(ALIGNMENT, group))
+    config = {**config, "BLOCK_K": depth, "TMA": int(config["TMA"] and whole(x))}
+    if k > MOST_INPUTS or depth < LEAST_DEPTH:
         return reference(x, weight, x_scale, x_zero, epilogue)
     y, q = epilogue.outputs(m, n, x.device)
     if m and n:
-        half = weight.data.shape[1]
-        _kernel[grid(m, n, config)](
-            x.contiguous(), weight.data.view(torch.int8), weight.scale, weight.colsum, x_scale, x_zero, m, n, k, half,
-            **epilogue.arguments(y, q, m), GROUP=group, EVEN=k == 2 * half, enable_fp_fusion=True, **config,
+        packed = weight.data.view(torch.int8)
+        _kernel[grid(m, n, config, x.device)](
+            operand(x, config["BLOCK_M"], depth, config), operand(packed, config["BLOCK_N"], depth, config),
+            weight.scale, weight.colsum, x_scale, x_zero, m, n, k, packed.stride(0), x.stride(0),
+            **epilogue.arguments(y, q, m), GROUP=group, **config, enable_fp_fusion=True,
         )  # fmt: skip
     return y, q
 
