@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 
 from vdq_export import hadamard
+from vdq_export.targets.cuda.kernels import _config
 from vdq_export.targets.cuda.kernels._backend import blocks, power_of_two, runs_triton
 from vdq_export.targets.cuda.kernels._numbers import float_dot, narrow
 
@@ -220,12 +221,17 @@ def tile(made: Shape, k: int, elements: int = _ELEMENTS, most: int = 0) -> tuple
 
 
 def fits(order: int) -> bool:
-    """Whether a block lies in one tile."""
-    return order <= 1 or shape(order).size <= LARGEST
+    """Whether a block lies in one tile, and with its largest factor in the shared memory of the device."""
+    if order <= 1:
+        return True
+    made = shape(order)
+    shared = 2 * made.size + 2 * max(made.a, made.b, made.c) ** 2
+    return made.size <= LARGEST and shared <= _config.SHARED[_config.arch()]
 
 
-def warps(elements: int) -> int:
-    return min(16, max(4, elements // 1024))
+def warps(made: Shape, elements: int) -> int:
+    """Of a tile. 16 leave 128 registers a thread, too few for sums of products of 128 × 128."""
+    return 8 if made.size == elements and min(made.a, made.c) >= 128 else min(16, max(4, elements // 1024))
 
 
 def terms(dtype: torch.dtype) -> int:
@@ -251,7 +257,7 @@ def launch(
         x, y, m, k, x.stride(0), order**-0.5, a, b, c,
         BLOCK_M=rows, COUNT=count, WIDTH=made.width, LEFT=made.left, A=made.a, B=made.b, C=made.c,
         TERMS=most, FIRST=1 if x.dtype == torch.bfloat16 else most,
-        num_warps=config.get("num_warps", warps(rows * count * made.size)),
+        num_warps=config.get("num_warps", warps(made, rows * count * made.size)),
     )  # fmt: skip
     return y
 

@@ -2,7 +2,7 @@
 
 A tile is [BLOCK_M rows, COUNT blocks of columns]; without a rotation a block is just COUNT · C channels (A = B = 1). A
 program takes one tile (RESIDENT: of whole rows, read once; or of rows that need no statistics), or LOOPS over the tiles
-of its rows: with a norm twice, the second time from the cache.
+of its rows: with a norm twice, the second time from the cache. Loops fetch STAGES − 1 tiles ahead.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def _load(x, rows, cols, inside, stride):
 
 
 @triton.jit
-def _statistics(v, inside, count, NORM: tl.constexpr):
-    """(mean, sum of squared differences from it) of the `count` numbers of each row; root mean square: mean 0."""
+def _statistics(v, inside, k, NORM: tl.constexpr):
+    """(mean, sum of squared differences from it) of whole rows [1 a row]; root mean square: mean 0."""
     if NORM == "layer":
-        mean = tl.sum(v, 1)[:, None] / count
+        mean = tl.sum(v, 1)[:, None] / k
         v = tl.where(inside, v - mean, 0.0)
         squares = tl.sum(v * v, 1)[:, None]
     else:
@@ -43,23 +43,37 @@ def _statistics(v, inside, count, NORM: tl.constexpr):
 @triton.jit
 def _statistics_of_row(
     x, rows, m, k, stride, chunks,
-    NORM: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, LEFT: tl.constexpr, A: tl.constexpr, REST: tl.constexpr,
+    NORM: tl.constexpr, BLOCK_M: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, LEFT: tl.constexpr,
+    A: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same of rows read tile by tile; parts are put together as Chan, Golub and LeVeque do: nothing cancels."""
-    mean = tl.zeros_like(rows).to(tl.float32)[:, None]
+    """The same of rows read tile by tile: Welford's recurrence in each place of the tile, then Chan's sum of the places.
+
+    Nothing cancels, and only two reductions are needed. Places are filled from the left: what holds a number in one
+    tile held one in all before.
+    """
+    mean = tl.zeros((BLOCK_M, COUNT * A * REST), tl.float32)
     squares = mean
-    seen = 0.0
-    for chunk in range(chunks):
-        cols, held = columns(chunk, COUNT, WIDTH, LEFT, A, REST)
-        known = held & (cols < k)
+    held = tl.zeros((COUNT * A * REST,), tl.float32)
+    for chunk in tl.range(0, chunks, num_stages=STAGES):
+        cols, filled = columns(chunk, COUNT, WIDTH, LEFT, A, REST)
+        known = filled & (cols < k)
         inside = (rows < m)[:, None] & known[None, :]
-        new = tl.sum(known.to(tl.float32), 0)
-        part, more = _statistics(_load(x, rows, cols, inside, stride), inside, new, NORM)
-        off = part - mean
-        squares += more + off * off * (seen * new / (seen + new))
-        mean += off * (new / (seen + new))
-        seen += new
-    return mean, squares
+        v = _load(x, rows, cols, inside, stride)
+        if NORM == "layer":
+            off = tl.where(inside, v - mean, 0.0)
+            mean += off * (1.0 / (chunk + 1.0))
+            squares += off * (v - mean)
+            held += known.to(tl.float32)
+        else:
+            squares += v * v
+    squares = tl.sum(squares, 1)[:, None]
+    if NORM == "layer":
+        of_row = tl.sum(mean * held[None, :], 1)[:, None] / k
+        off = mean - of_row
+        squares += tl.sum(off * off * held[None, :], 1)[:, None]
+    else:
+        of_row = tl.zeros_like(squares)
+    return of_row, squares
 
 
 @triton.jit
@@ -91,11 +105,7 @@ def _low(v, inside, down, cols, known, RANK: tl.constexpr, RANK_BLOCK: tl.conste
     mask = known[:, None] & (ranks[None, :] < RANK)
     right = tl.load(down + cols[:, None].to(tl.int64) * RANK + ranks[None, :], mask=mask, other=0.0)
     v = tl.where(inside, v, 0.0)
-    if right.dtype == tl.bfloat16:
-        product = split_dot(v, right, TERMS)
-    else:
-        product = float_dot(v, right.to(tl.float32), None)
-    return product
+    return split_dot(v, right, TERMS) if right.dtype == tl.bfloat16 else float_dot(v, right.to(tl.float32), None)
 
 
 @triton.jit
@@ -106,7 +116,7 @@ def row_kernel(
     LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, LEFT: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, TURNED: tl.constexpr, TERMS: tl.constexpr, FIRST: tl.constexpr,
-    RESIDENT: tl.constexpr, LOOPS: tl.constexpr,
+    RESIDENT: tl.constexpr, LOOPS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK_M
     rows = first + tl.arange(0, BLOCK_M)
@@ -117,10 +127,12 @@ def row_kernel(
     mean = tl.zeros((BLOCK_M, 1), tl.float32)
     inverse = mean
     if NORM != "none" and not RESIDENT:
-        mean, squares = _statistics_of_row(x, rows, m, k, stride, chunks, NORM, COUNT, WIDTH, LEFT, A, B * C)
+        mean, squares = _statistics_of_row(
+            x, rows, m, k, stride, chunks, NORM, BLOCK_M, COUNT, WIDTH, LEFT, A, B * C, STAGES
+        )  # fmt: skip
         inverse = tl.rsqrt(squares / k + epsilon)
     total = tl.zeros((BLOCK_M, RANK_BLOCK), tl.float32)
-    for chunk in range(start, stop):
+    for chunk in tl.range(start, stop, num_stages=STAGES):
         cols, held = columns(chunk, COUNT, WIDTH, LEFT, A, B * C)
         known = held & (cols < k)
         inside = (rows < m)[:, None] & known[None, :]

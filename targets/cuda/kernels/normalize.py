@@ -40,7 +40,9 @@ from vdq_export.targets.cuda.kernels._rows import row_kernel
 NORMS = ("none", "layer", "rms")
 Outputs = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 _WHOLE_ROW = 16384  # elements of a tile: 32 a thread at 512 threads
+_FETCHED = 4096  # elements of a tile, at most, that is fetched ahead: several of them lie in shared memory
 _ROWS_OF_LOW = 16  # the fewest that tl.dot takes
+_MOST_RANK = 256  # columns of `down`; their sums lie in registers
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,8 @@ def normalize(
     )  # fmt: skip
     if steps.turned and x.shape[1] % hadamard:
         raise ValueError(f"blocks of {hadamard} do not divide {x.shape[1]} channels")
-    if runs_triton(x) and (not steps.turned or _hadamard.fits(hadamard)):
-        return launch(x, steps)
-    return reference(x, steps)
+    fits = steps.rank <= _MOST_RANK and (not steps.turned or _hadamard.fits(hadamard))
+    return launch(x, steps) if fits and runs_triton(x) else reference(x, steps)
 
 
 def reference(x: torch.Tensor, steps: Steps) -> Outputs:
@@ -218,21 +219,27 @@ def tile(k: int, steps: Steps, config: _config.Config) -> Tile:
     elements = config["BLOCK_M"] * across
     if not steps.turned:
         held = power_of_two(k, _hadamard.LEAST)
-        resident = held <= across or (steps.norm != "none" and not steps.rank and held <= _WHOLE_ROW)
+        resident = held <= across
         width = held if resident else across
         if not resident and not steps.rank:
-            width = min((across, across // 2, across // 4), key=lambda part: part * blocks(k, part))
+            width = _part(k, across)
         shape, count, rows = _hadamard.Shape(1, width, 1, 1, 1, width), 1, elements // width
     else:
         shape = _hadamard.shape(steps.hadamard)
         held = power_of_two(blocks(k, shape.width))
-        resident = steps.norm != "none" and not steps.rank and held * shape.size <= _WHOLE_ROW
+        resident = steps.norm != "none" and not steps.rank and held * shape.size <= across
         rows, count = _hadamard.tile(shape, k, elements, max(1, across // shape.size))
         if resident:
             rows, count = max(elements // (held * shape.size), blocks(shape.least, held)), held
         resident = resident or blocks(k, shape.width) <= count
     rows = power_of_two(rows, _ROWS_OF_LOW if steps.rank else 1)
     return Tile(rows, count, shape, resident)
+
+
+def _part(k: int, across: int) -> int:
+    """Channels of a tile: fewer than `across`, but 128, where that leaves fewer places empty, unless those are few."""
+    parts = [part for part in (across, across // 2, across // 4) if part >= 128] or [across]
+    return next((part for part in parts if 8 * (part * blocks(k, part) - k) <= k), parts[-1])
 
 
 def _run(x: torch.Tensor, steps: Steps, one: Tile, config: _config.Config) -> Outputs:
@@ -242,9 +249,10 @@ def _run(x: torch.Tensor, steps: Steps, one: Tile, config: _config.Config) -> Ou
     a, b, c = _hadamard.constants(shape.order, x.device) if steps.turned else (None, None, None)
     chunks = blocks(k, one.count * shape.width)
     loops = not one.resident and (steps.norm != "none" or steps.rank > 0)
+    stages = config["num_stages"] if loops and one.size <= _FETCHED else 1
     per_sample = m // steps.samples
     terms = config.get("TERMS", _hadamard.terms(steps.dtype))
-    num_warps = config["num_warps"] if not steps.turned else _hadamard.warps(one.size)
+    num_warps = _hadamard.warps(shape, one.size) if steps.turned else config["num_warps"]
     row_kernel[blocks(m, one.rows), 1 if loops else chunks](
         x, m, k, x.stride(0), chunks, per_sample, steps.epsilon, shape.order**-0.5,
         _flat(steps.weight), _flat(steps.bias), steps.modulation(steps.scale), steps.modulation(steps.shift), _flat(steps.smooth),
@@ -256,8 +264,8 @@ def _run(x: torch.Tensor, steps: Steps, one: Tile, config: _config.Config) -> Ou
         RANK=steps.rank, RANK_BLOCK=power_of_two(steps.rank, LEAST_RANK),
         BLOCK_M=one.rows, COUNT=one.count, WIDTH=shape.width, LEFT=shape.left, A=shape.a, B=shape.b, C=shape.c,
         TURNED=steps.turned, TERMS=terms, FIRST=1 if steps.plain and x.dtype == torch.bfloat16 else terms,
-        RESIDENT=one.resident, LOOPS=loops,
-        num_warps=num_warps, num_stages=config["num_stages"] if loops else 1,
+        RESIDENT=one.resident, LOOPS=loops, STAGES=stages,
+        num_warps=num_warps,
     )  # fmt: skip
     return outputs
 
