@@ -81,6 +81,12 @@ def check(recipe: Recipe, spec: TargetSpec) -> LayerFormat:
             f"recipe {recipe.name} asks for {what}, computed at run time, which {spec.name} cannot",
             hint="use a static recipe, or --target reference to measure it",
         )
+    for kind in recipe.attention.kinds:
+        if kind not in spec.attention:
+            raise RecipeError(
+                f"recipe {recipe.name} asks for {kind} of attentions, which {spec.name} has no kernel for",
+                hint=f"it offers: {', '.join(spec.attention) or 'float attention'}; --target reference measures it",
+            )
     for grid, wanted, what in (
         (weights.grid, weights.bits, "weights"),
         (activations.grid, activations.bits, "activations"),

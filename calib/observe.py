@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import onnx
 
-from vdq_export import ort, work_store
+from vdq_export import attention, ort, work_store
 from vdq_export.calib.constant_inputs import Constancy, in_all
 from vdq_export.calib.record import CalibrationRecord, Slot
 from vdq_export.calib.statistics import Observed, Seen
@@ -217,13 +217,18 @@ def observed_values(graph: Graph) -> list[Observed]:
         for operand in node.inputs:
             found.setdefault(operand.name, (operand, "attention"))
             readers.setdefault(operand.name, []).append(node.name)
+    heads = {one.v.name: (1, 3) for one in attention.find(graph) if one.heads}
+    heads |= {value.name: (1,) for one in attention.find(graph) if one.heads for value in (one.q, one.k)}
     graph_inputs = {v.name for v in graph.gs.inputs}
     for name, (value, _) in found.items():
         if is_constant(value) or (not value.inputs and name not in graph_inputs):
             raise CalibrationError(f"{name}, read by {readers[name][0]}, is computed by no node of the graph")
         if value.shape is None or not all(isinstance(d, int) for d in value.shape):
             raise CalibrationError(f"{name}, read by {readers[name][0]}, has no static shape")
-    return [Observed(n, kind, tuple(readers[n]), 4 * prod(v.shape)) for n, (v, kind) in found.items()]
+    return [
+        Observed(n, kind, tuple(readers[n]), 4 * prod(v.shape), heads.get(n, ()) if kind == "attention" else ())
+        for n, (v, kind) in found.items()
+    ]
 
 
 def _chunks(watched: Sequence[Observed], inputs: set[str], limit: int) -> Iterator[list[str]]:

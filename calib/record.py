@@ -47,7 +47,8 @@ class ValueRecord:
     the slot's calls and their samples of max over tokens of |x[:, c]|, [S, C]; rows: token rows drawn without
     replacement, [S, n, C]; and top: those of largest L2 norm, largest first, [S, m, C] (a slot with fewer rows repeats
     its own). A rotation keeps a row's norm but not where its extremes are: then `top` says how far values reach.
-    Attention operands have none of the three.
+    Attention operands have none of the three; where they have heads, they have `heads`: the largest magnitude of each
+    head, [S, H, 1], of values (V) of each channel of each head, [S, H, D].
     """
 
     name: str
@@ -59,6 +60,7 @@ class ValueRecord:
     peak: Array | None = None
     rows: Array | None = None
     top: Array | None = None
+    heads: Array | None = None
 
     @property
     def channels(self) -> int:
@@ -66,7 +68,7 @@ class ValueRecord:
 
     @cached_property
     def tensors(self) -> dict[str, Array]:
-        named = {name: getattr(self, name) for name in ("lo", "hi", "count", "peak", "rows", "top")}
+        named = {name: getattr(self, name) for name in ("lo", "hi", "count", "peak", "rows", "top", "heads")}
         return {name: array for name, array in named.items() if array is not None}
 
     def linear(self) -> tuple[Array, Array]:

@@ -2,7 +2,7 @@
 
 One .safetensors file. Its metadata has one entry, the record's header as JSON; its tensors are called "<value>#<what>",
 `what` being a field of ValueRecord. Tensors of eight bytes an element come first, so that all of them lie aligned.
-Format 2 had no constant inputs.
+Format 2 had no constant inputs, format 3 nothing about heads of attentions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array
 
 METADATA = "vdq-calibration"  # one entry only: safetensors writes several in random order
-FORMAT, READABLE = 3, (2, 3)
+FORMAT, READABLE = 4, (2, 3, 4)
 _TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
 _NAMES = {kind: name for name, kind in _TYPES.items()}
 
@@ -84,8 +84,15 @@ def _header(record: CalibrationRecord) -> dict[str, Any]:
         "calls": record.calls,
         "sampler": dict(record.sampler),
         "constant_inputs": list(record.constant_inputs),
-        "values": [{"name": v.name, "kind": v.kind, "readers": v.readers} for v in record.values.values()],
+        "values": [_entry(value) for value in record.values.values()],
     }
+
+
+def _entry(value: ValueRecord) -> dict[str, Any]:
+    return {
+        "name": value.name, "kind": value.kind, "readers": value.readers,
+        **({"heads": True} if value.heads is not None else {}),
+    }  # fmt: skip
 
 
 def read(path: Path, graph_hash: str | None) -> CalibrationRecord:
@@ -165,8 +172,11 @@ class _Mapped(Mapping[str, ValueRecord]):
                 dimensions = 2 if what == "peak" else 3
                 if len(shapes[what]) != dimensions or (shapes[what][0], shapes[what][-1]) != lo:
                     raise ValueError(f"{name}: sampled rows do not fit {slots} slots")
+            if "heads" in shapes and (len(shapes["heads"]) != 3 or shapes["heads"][0] != slots):
+                raise ValueError(f"{name}: magnitudes of heads do not fit {slots} slots")
 
 
 def _kinds(entry: Mapping[str, Any]) -> tuple[str, ...]:
     """The arrays of a value; see ValueRecord."""
-    return ("lo", "hi", "count", *(("peak", "rows", "top") if entry["kind"] == "linear" else ()))
+    more = ("peak", "rows", "top") if entry["kind"] == "linear" else ("heads",) if entry.get("heads") else ()
+    return ("lo", "hi", "count", *more)

@@ -24,18 +24,22 @@ MAX_SLOTS = 4096
 
 @dataclass(frozen=True)
 class Observed:
-    """One value to watch: its name, why, who reads it, and its bytes a call."""
+    """One value to watch: its name, why, who reads it, and its bytes a call.
+
+    heads: axes of which the largest magnitudes are kept, the heads first: an attention's operand.
+    """
 
     name: str
     kind: Literal["linear", "attention"]
     readers: tuple[str, ...]
     size: int
+    heads: tuple[int, ...] = ()
 
 
 @dataclass
 class Statistics:
     """Of one value in one slot. lo, hi, peak (the sum over the calls): [C]; `keys` chose `rows` [n, C], `norms`
-    (squared) chose `top` [m, C]."""
+    (squared) chose `top` [m, C]; heads: as in ValueRecord, of this slot."""
 
     lo: Array
     hi: Array
@@ -44,11 +48,12 @@ class Statistics:
     keys: Array
     top: Array
     norms: Array
+    heads: Array
     count: int = 0  # token rows
     calls: int = 0
 
 
-_ARRAYS = tuple(one.name for one in fields(Statistics))[:7]
+_ARRAYS = tuple(one.name for one in fields(Statistics))[:8]
 
 
 @dataclass
@@ -76,7 +81,8 @@ class Seen:
         if slot not in seen:
             _check_slots(len(seen) + 1)
             empty = np.empty((0, channels), np.float32)
-            seen[slot] = Statistics(low, high, np.zeros(channels), empty, np.empty(0), empty, np.empty(0))
+            none = np.empty(0)
+            seen[slot] = Statistics(low, high, np.zeros(channels), empty, none, empty, none, _magnitudes(value, one))
         kept = seen[slot]
         kept.lo, kept.hi = np.minimum(kept.lo, low), np.maximum(kept.hi, high)
         if one.kind == "linear":
@@ -85,6 +91,8 @@ class Seen:
             _sample(kept, flat, _seed(one.name, slot, self.first, kept.calls), rows)
             norms = np.einsum("tc,tc->t", flat, flat, dtype=np.float64)
             _keep_largest(kept, norms, flat)
+        elif one.heads:
+            kept.heads = np.maximum(kept.heads, _magnitudes(value, one))
         kept.count += len(flat)
         kept.calls += 1
 
@@ -119,7 +127,8 @@ class Seen:
         lo, hi = np.stack([s.lo for s in found]), np.stack([s.hi for s in found])
         count = np.array([s.count for s in found], np.int64)
         if one.kind == "attention":
-            return ValueRecord(one.name, one.kind, one.readers, lo, hi, count)
+            heads = np.stack([s.heads for s in found]) if one.heads else None
+            return ValueRecord(one.name, one.kind, one.readers, lo, hi, count, heads=heads)
         peak = np.stack([s.peak / s.calls for s in found]).astype(np.float32)
         rows, top = _equally_many([s.rows for s in found]), _equally_many([s.top for s in found])
         return ValueRecord(one.name, one.kind, one.readers, lo, hi, count, peak, rows, top)
@@ -146,10 +155,20 @@ def _check_slots(count: int) -> None:
 def _merge(kept: Statistics, later: Statistics, rows: int) -> None:
     kept.lo, kept.hi = np.minimum(kept.lo, later.lo), np.maximum(kept.hi, later.hi)
     kept.peak = kept.peak + later.peak
+    kept.heads = np.maximum(kept.heads, later.heads)
     kept.keys, kept.rows = _least(kept.keys, kept.rows, later.keys, later.rows, rows)
     _keep_largest(kept, later.norms, later.top)
     kept.count += later.count
     kept.calls += later.calls
+
+
+def _magnitudes(value: Array, one: Observed) -> Array:
+    """[H, 1] or [H, D]: the largest magnitudes along the axes one.heads."""
+    if not one.heads:
+        return np.zeros((0, 1), np.float32)
+    others = tuple(axis for axis in range(value.ndim) if axis not in one.heads)
+    largest: Array = np.maximum(value.max(axis=others), -value.min(axis=others))
+    return largest.reshape(len(largest), -1)
 
 
 def _sample(kept: Statistics, flat: Array, seed: int, rows: int) -> None:
@@ -188,7 +207,7 @@ def _equally_many(slots: Sequence[Array]) -> Array:
 
 @dataclass
 class _Packed:
-    """All slots of one value: arrays one after the other; lengths [S, 7] of each."""
+    """All slots of one value: arrays one after the other; lengths [S, 8] of each."""
 
     slots: list[tuple[float, Literal["cond", "uncond"]]]
     counts: list[tuple[int, int]]  # rows and calls
@@ -221,5 +240,4 @@ def _unpacked(stored: _Packed) -> dict[Slot, Statistics]:
 
 
 def _statistics(arrays: Sequence[Array], count: int, calls: int) -> Statistics:
-    lo, hi, peak, rows, keys, top, norms = arrays
-    return Statistics(lo, hi, peak, rows, keys, top, norms, count, calls)
+    return Statistics(*arrays, count, calls)

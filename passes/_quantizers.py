@@ -14,23 +14,27 @@ _INT32 = 2**31 - 1
 
 
 class Quantizer(NamedTuple):
-    """A per-tensor quantizer: q = clip(round(x / scale) + zero_point) in `dtype`."""
+    """A per-tensor quantizer: q = clip(round(x / scale) + zero_point) in `dtype`. scale: one a place along `axis`, if
+    there is an axis."""
 
-    scale: float
+    scale: float | Array
     zero_point: int
     dtype: str
+    axis: int | None = None
 
 
 def round_trip(graph: Graph, value: Value, quantizer: Quantizer, base: str) -> Value:
     """DequantizeLinear(QuantizeLinear(value)); `base` begins the names of what is new."""
     integer, shape = numpy_type(quantizer.dtype), list(value.shape)
+    scale = np.array(quantizer.scale, np.float32)
     parameters = [
-        graph.constant(graph.fresh(f"{base}.scale"), np.array(quantizer.scale, np.float32)),
-        graph.constant(graph.fresh(f"{base}.zero_point"), np.array(quantizer.zero_point, integer)),
+        graph.constant(graph.fresh(f"{base}.scale"), scale),
+        graph.constant(graph.fresh(f"{base}.zero_point"), np.full(scale.shape, quantizer.zero_point, integer)),
     ]
+    attrs = {} if quantizer.axis is None else {"axis": quantizer.axis}
     names = graph.fresh(f"{base}/Quantize"), graph.fresh(f"{base}/Dequantize")
-    q = graph.add_node("QuantizeLinear", [value, *parameters], names[0], dtype=integer, shape=shape)
-    return graph.add_node("DequantizeLinear", [q, *parameters], names[1], dtype=np.float32, shape=shape)
+    q = graph.add_node("QuantizeLinear", [value, *parameters], names[0], dtype=integer, shape=shape, attrs=attrs)
+    return graph.add_node("DequantizeLinear", [q, *parameters], names[1], dtype=np.float32, shape=shape, attrs=attrs)
 
 
 def to_int32(values: Array, grid: Array, where: str) -> Array:

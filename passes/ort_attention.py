@@ -17,9 +17,10 @@ from math import prod
 
 import numpy as np
 
+from vdq_export.attention import fused_name, origin
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value
-from vdq_export.match import made_by, scalar, sole_reader
+from vdq_export.match import sole_reader
 
 NAME = "ort_attention"
 AFTER = ("linear", "no_ops")
@@ -63,43 +64,25 @@ def _fuse(graph: Graph, scores: Node, softmax: Node, product: Node) -> str:
     sources, factor = [], 1.0
     for value, tokens, perm in wanted:
         shape = (batch, tokens, heads, prod(value.shape) // (batch * tokens * heads))
-        source, scale, chain = _origin(value, [batch, tokens, heads * shape[3]])
+        source, scale, chain = origin(value, [batch, tokens, heads * shape[3]])
         if prod(shape) <= _LIMIT and _is_layout(source, chain, shape, perm):
             pass
         elif not source.inputs and not chain and list(source.shape) == [shape[axis] for axis in perm]:
             source = _laid_back(graph, source, shape, perm)
         else:
             return f"{value.name} is laid out in a way not known"
+        if value is product.inputs[1] and scale != 1.0:
+            return f"{value.name} is scaled, which the kernel cannot"
         sources.append(_three_axes(graph, source, [batch, tokens, heads * shape[3]]))
         factor *= scale
-    path = scores.name.rsplit("/", 1)[0]
     old = merged.outputs[0]
     attention = graph.add_node(
-        "MultiHeadAttention", sources, graph.fresh(f"{path}/Attention"), dtype=old.dtype, shape=old.shape,
+        "MultiHeadAttention", sources, graph.fresh(fused_name(scores.name)), dtype=old.dtype, shape=old.shape,
         attrs={"num_heads": heads, "scale": factor}, domain="com.microsoft",
     )  # fmt: skip
     merged.outputs.clear()
     graph.replace_uses(old, attention)
     return ""
-
-
-def _origin(value: Value, target: list[int]) -> tuple[Value, float, list[Node]]:
-    """(the value before scaling and layout, at the latest the one of shape `target`; the scale; the layout)."""
-    scale, chain = 1.0, list[Node]()
-    while list(value.shape) != target or not chain:
-        if (node := made_by(value, "Mul", "Reshape", "Transpose")) is None:
-            break
-        if node.op == "Mul":
-            factors = [scalar(t) for t in node.inputs]
-            if factors.count(None) != 1:
-                break
-            index = factors.index(None)
-            scale *= factors[1 - index] or 0.0
-            value = node.inputs[index]
-        else:
-            chain.append(node)
-            value = node.inputs[0]
-    return value, scale, chain[::-1]
 
 
 def _is_layout(source: Value, chain: list[Node], shape: tuple[int, ...], perm: tuple[int, ...]) -> bool:

@@ -18,7 +18,7 @@ from vdq_export.plan import QuantPlan
 from vdq_export.target_spec import Capability, TargetSpec
 
 NAME = "reference"
-PASSES = ()
+PASSES = ("attention_qdq",)
 ISA = "any"
 _TRIAL = "trial with onnxruntime 1.31.1, CPU provider"
 TABLE = (
@@ -44,6 +44,10 @@ TABLE = (
         subject="MXFP4 weights and activations, parameters per token and per channel", supported=True,
         detail="arithmetic in float32, statistics computed at run time", source="its definition",
     ),
+    Capability(
+        subject="attention: q and k in int8, values in float8e4m3fn, a scale per head", supported=True,
+        detail="QuantizeLinear along the heads' axis; the products in float32", source=_TRIAL,
+    ),
 )  # fmt: skip
 
 
@@ -61,6 +65,7 @@ def spec(isa: str | None = None) -> TargetSpec:
         groups=(32, 64, 128),
         grids=("int", "mxfp4"),
         min_rows=2,
+        attention=("int8 scores", "fp8 values"),
         dynamic=True,
         isas=(ISA,),
         table=TABLE,

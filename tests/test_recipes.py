@@ -23,11 +23,11 @@ WANTED = {
     "static-minmax", "static-tsw", "static-asq", "static-tsq-tsw", "smoothquant", "quarot", "rtn", "svdquant",
     "svdquant-gptq", "wan22-w4a4", "wan22-mxfp4", "dvd-w4a4", "dvd-w4a6", "dvd-w4a8", "vidit-q", "q-dit", "arq-static",
     "auto", "static-w4a4", "static-fp8", "w4a16-g128", "w4a16-g64", "nvfp4", "mxfp8", "w8a16", "w4a16-rtn",
-    "w8a8-dynamic",
+    "w8a8-dynamic", "static-asq-attention", "static-asq-attention-fp8",
 }  # fmt: skip
 OTHER_TARGETS = {  # tests of their own
     "wan22-mxfp4", "auto", "static-fp8", "w4a16-g128", "w4a16-g64", "nvfp4", "mxfp8", "w8a16", "w4a16-rtn",
-    "w8a8-dynamic",
+    "w8a8-dynamic", "static-asq-attention", "static-asq-attention-fp8",
 }  # fmt: skip
 EIGHT_BITS = {"static-minmax", "static-tsw", "static-asq", "static-tsq-tsw", "smoothquant"}
 # Network output against float, dB. Random weights: what matters is that no method breaks the signal (a wrong fold or a
