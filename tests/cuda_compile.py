@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
-import os
 import re
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -19,13 +15,11 @@ from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
 from typing import Any
 
 from tests.cuda_kernel_cases import CASES, Case
+from tests.triton_process import TritonProcess, serve
 from vdq_export.targets.cuda.kernels._config import SHARED
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -53,33 +47,18 @@ def wrong(case: Case, kernels: Sequence[Compiled], arch: str = "sm_90") -> list[
     return found
 
 
-class Compiler:
+class Compiler(TritonProcess):
     """A context manager: one process that compiles case after case."""
 
-    def __enter__(self) -> Compiler:
-        command = [sys.executable, "-m", "tests.cuda_compile", "--serve"]
-        environment = {**os.environ, "TRITON_INTERPRET": "0"}
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.communicate()  # closes its input, at which it ends
+    def __init__(self) -> None:
+        super().__init__("tests.cuda_compile")
 
     def compiled(self, case: str, arch: str = "sm_90") -> list[Compiled]:
         """The kernels that a case launches. Raises RuntimeError with the compiler's words."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps([case, arch]) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline() or '"the compiler died"')
-        if isinstance(answer, str):
-            raise RuntimeError(answer)
-        return [Compiled(**one) for one in answer]
+        return [Compiled(**one) for one in self.ask(case, arch)]
 
 
-def compile_case(case: str, arch: str) -> list[Compiled]:
+def compile_case(case: str, arch: str) -> list[dict[str, Any]]:
     """In this process, which must not interpret."""
     from tests.cuda_faults import FAULTS, PACKAGE
     from vdq_export.targets.cuda import aot_launch
@@ -88,7 +67,7 @@ def compile_case(case: str, arch: str) -> list[Compiled]:
         launches = aot_launch.record(FAULTS[case].program, arch, PACKAGE)
     else:
         launches = aot_launch.record(CASES[case].program, arch)
-    return [_compile(launch) for launch in launches]
+    return [asdict(_compile(launch)) for launch in launches]
 
 
 def _compile(launch: Any) -> Compiled:
@@ -122,18 +101,6 @@ def _number(pattern: str, log: str) -> int:
     return int(found[1])
 
 
-def _serve() -> None:
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what Triton prints is no answer
-    for line in sys.stdin:
-        case, arch = json.loads(line)
-        try:
-            answer: object = [asdict(one) for one in compile_case(case, arch)]
-        except Exception as error:  # told by whoever asked
-            answer = f"{type(error).__name__}: {error}"
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.cuda_compile")
     parser.add_argument("--arch", default="sm_90")
@@ -142,7 +109,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", default=list(CASES))
     arguments = parser.parse_args()
     if arguments.serve:
-        _serve()
+        serve(compile_case)
         return
     print(f"{'case':26} {'kernel':30} {'registers':>9} {'spilled':>7} {'shared':>7} {'seconds':>7}  tensor cores")
     with Compiler() as compiler:
