@@ -103,7 +103,7 @@ def launch(
     if config is None:
         config = _config.config(
             "linear_weight_only", lambda one: launch(x, weight, epilogue, one),
-            m=m, n=n, k=k, group=group, low=epilogue.low is not None, bits=4 if weight.kind == "int4" else 8,
+            m=m, n=n, k=k, x=str(x.dtype).removeprefix("torch."), group=group, low=epilogue.low is not None,
         )  # fmt: skip
     x = x.contiguous()
     depth = gcd(config["BLOCK_K"], ALIGNMENT, group)
