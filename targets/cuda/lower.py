@@ -12,9 +12,8 @@ Intermediate values are freed behind their last reader: torch.fx writes that int
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,13 @@ from torch import Tensor, fx
 
 from vdq_export.errors import CompileError, MissingToolError
 from vdq_export.targets.cuda import fused_ops
+from vdq_export.targets.cuda.folding import CASTS, Known, UnknownOperatorError
 from vdq_export.targets.cuda.onnx_parts import Constant, Op, Parts, folded, parts_of
 from vdq_export.targets.cuda.precision import Precision
 from vdq_export.targets.cuda.program import Program
 from vdq_export.targets.cuda.rules import RULES, Kind, Rule
-from vdq_export.targets.cuda.torch_quant import TYPES, cast, cast_like
 
 Change = Callable[[Tensor], Tensor]
-FOLDED = 1 << 22  # bytes: results larger than this are computed in each run
-_ONNX = {stored.dtype: code for code, stored in reversed(TYPES.items())}
-_CASTS: Mapping[str, Callable[..., Tensor]] = {"Cast": cast, "CastLike": cast_like}
-
-
-class UnknownOperatorError(CompileError):
-    """A graph holds an operator, or a form of one, that there is no torch function for."""
 
 
 def lower(
@@ -71,10 +63,10 @@ class _Lowering:
         self, parts: Parts, device: torch.device, dtype: torch.dtype, weights: dict[Any, Any], residual: torch.dtype
     ) -> None:
         self._parts, self._device, self._dtype, self._weights = parts, device, dtype, weights
-        self._constants = dict(parts.constants)
-        self._ops = [op for op in parts.ops if not self._folds(op)]
-        self._precision = Precision(self._ops, parts.inputs, self._constants, parts.shapes, dtype, residual)
-        self._types = self._precision.types
+        self._known = Known(parts)
+        self._constants = self._known.constants
+        found = Precision(self._known.ops, parts.inputs, self._constants, parts.shapes, dtype, residual)
+        self._types = found.types
         self._graph = fx.Graph()
         self._values: dict[str, fx.Node] = {}
         self._buffers: dict[str, Any] = {}  # attribute of the module -> tensor or Weight
@@ -84,76 +76,18 @@ class _Lowering:
         inputs = [type(one)(one.name, one.shape, self._types.get(one.name, one.dtype)) for one in self._parts.inputs]
         for one in inputs:
             self._values[one.name] = self._graph.placeholder(_identifier(one.name))
-        for op in self._ops:
+        for op in self._known.ops:
             if op.type.startswith(fused_ops.PREFIX):
                 self._fused(op)
             else:
                 self._standard(op)
-        results = []
-        for one in self._parts.outputs:
-            result = self._value(one.name, one.dtype if one.dtype.is_floating_point else None)
-            results.append(result)
+        floats = [one.dtype if one.dtype.is_floating_point else None for one in self._parts.outputs]
+        results = [self._value(one.name, dtype) for one, dtype in zip(self._parts.outputs, floats, strict=True)]
         self._graph.output(tuple(results))
         module = fx.GraphModule(self._buffers, self._graph)
         return Program(module, inputs, self._parts.outputs, self._device, list(self._buffers.values()))
 
     # -- constants ---------------------------------------------------------------------------------------------------
-
-    def _folds(self, op: Op) -> bool:
-        """Whether the results follow from constants; they are then constants too."""
-        if op.type == "Constant":
-            self._constants[op.outputs[0]] = self._literal(op)
-            return True
-        if op.type in ("Shape", "Size"):
-            return self._folds_shape(op)
-        rule = RULES.get(op.type)
-        if (rule is None and op.type not in _CASTS) or any(one and one not in self._constants for one in op.inputs):
-            return False
-        given = [self._constants[name] if name else None for name in op.inputs]
-        sizes = [0 if one is None else torch.Size(one.shape).numel() * 4 for one in given]
-        if sum(sizes) > FOLDED or op.type.startswith("Random"):
-            return False
-        run = rule.run if rule else _CASTS[op.type]
-        arguments = [self._static(op, i) if rule and i in rule.static else one and one.tensor
-                     for i, one in enumerate(given)]  # fmt: skip
-        with torch.no_grad():
-            found = self._checked(op, run, arguments, self._attributes(op))(*arguments, **self._attributes(op))
-        for name, value in zip(op.outputs, found if isinstance(found, tuple) else (found,), strict=False):
-            if value.numel() * value.element_size() > FOLDED:
-                return False
-            self._constants[name] = folded(value, _ONNX[value.dtype])
-        return True
-
-    def _literal(self, op: Op) -> Constant:
-        (kind, value), *_ = op.attributes.items()
-        if isinstance(value, Constant):
-            return value
-        dtype = torch.int64 if kind.startswith("value_int") else torch.float32
-        return folded(torch.tensor(value, dtype=dtype), _ONNX[dtype])
-
-    def _folds_shape(self, op: Op) -> bool:
-        shape = self._parts.shapes.get(op.inputs[0])
-        if shape is None:
-            raise CompileError(f"{self._parts.where}: node {op.name} asks for a shape that the file does not say")
-        if op.type == "Size":
-            found = torch.tensor(torch.Size(shape).numel())
-        else:
-            found = torch.tensor(shape[op.attributes.get("start", 0) : op.attributes.get("end")], dtype=torch.int64)
-        self._constants[op.outputs[0]] = folded(found, TensorProto.INT64)
-        return True
-
-    def _static(self, op: Op, index: int) -> Any:
-        """An input as Python values."""
-        name = op.inputs[index]
-        if not name:
-            return None
-        if name not in self._constants:
-            raise CompileError(
-                f"{self._parts.where}: {op.type} node {op.name} computes its shape (input {name}) as it runs",
-                hint="export with static shapes",
-            )
-        found = self._constants[name].tensor.tolist()
-        return tuple(found) if isinstance(found, list) else found
 
     def _buffer(self, name: str, dtype: torch.dtype | None, change: Change | None = None) -> fx.Node:
         """A constant on the device; dtype: of floats."""
@@ -193,7 +127,7 @@ class _Lowering:
 
     def _standard(self, op: Op) -> None:
         rule = RULES.get(op.type)
-        if op.type in _CASTS:
+        if op.type in CASTS:
             return self._cast_node(op)
         if rule is None:
             raise UnknownOperatorError(
@@ -201,9 +135,9 @@ class _Lowering:
                 hint="targets/cuda/rules.py lists those that there are",
             )
         arguments = [self._argument(op, rule, index) for index in range(len(op.inputs))]
-        attributes = self._attributes(op)
-        run = self._checked(op, rule.run, arguments, attributes)
-        node = self._graph.call_function(run, tuple(arguments), attributes)
+        attributes = self._known.attributes(op)
+        self._known.check(op, rule.run, arguments, attributes)
+        node = self._graph.call_function(rule.run, tuple(arguments), attributes)
         self._give(op, node, several=op.type == "Split")
         return None
 
@@ -212,7 +146,7 @@ class _Lowering:
         if not name:
             return None
         if index in rule.static:
-            return self._static(op, index)
+            return self._known.static(op, index)
         constant = self._constants.get(name)
         if constant is not None:
             if index in rule.scalars and self._is_number(op, rule, constant):
@@ -257,7 +191,7 @@ class _Lowering:
             return
         attributes = dict(op.attributes)
         given = tuple(self._value(name) for name in op.inputs)
-        self._values[op.outputs[0]] = self._graph.call_function(_CASTS[op.type], given, attributes)
+        self._values[op.outputs[0]] = self._graph.call_function(CASTS[op.type], given, attributes)
 
     def _give(self, op: Op, node: fx.Node, *, several: bool) -> None:
         """Name the results, each of the type that was chosen for it."""
@@ -280,34 +214,6 @@ class _Lowering:
             return known != {result}
         return rule.kind == Kind.WIDE and result != torch.float32
 
-    def _attributes(self, op: Op) -> dict[str, Any]:
-        found = dict(op.attributes)
-        zero = self._constants.get(op.inputs[2]) if op.type.endswith("QuantizeLinear") and len(op.inputs) > 2 else None
-        if zero is not None and not op.type.endswith("DequantizeLinear"):
-            found["output_dtype"] = zero.type  # 4 bits lie in 8
-        if op.type == "ConstantOfShape" and "value" in found:
-            found["value"] = found["value"].tensor
-        return found
-
-    def _checked(
-        self, op: Op, run: Callable[..., Any], arguments: Sequence[Any], attributes: Mapping[str, Any]
-    ) -> Callable[..., Any]:
-        """`run`, which takes what the node has. Raises UnknownOperatorError when it does not."""
-        try:
-            inspect.signature(run).bind(*arguments, **attributes)
-        except ValueError:  # torch's own functions say nothing about themselves, and take no attributes of ONNX
-            wrong = ", ".join(attributes)
-        except TypeError as error:
-            wrong = str(error)
-        else:
-            wrong = ""
-        if wrong or (op.type != "Split" and any(op.outputs[1:])):
-            raise UnknownOperatorError(
-                f"{self._parts.where}: node {op.name} is a form of {op.type} that is not known: "
-                f"{wrong or 'more than one output'}"
-            )
-        return run
-
     # -- vdq.cuda ----------------------------------------------------------------------------------------------------
 
     def _fused(self, op: Op) -> None:
@@ -323,10 +229,8 @@ class _Lowering:
         operands = self._operands(op, short)
         attributes = {"dtype": self._types.get(op.outputs[0], self._dtype), **self._options(op, short, operands)}
         if short == "Linear":
-            weight = self._weight(op, operands)
-            operands.pop("weight_scale")
+            operands["weight"] = self._weight(op)
             attributes["n"] = self._constants[fused_ops.named(op)["weight"]].shape[1]
-            operands["weight"] = weight
         node = self._graph.call_function(fused_ops.CALLS[short], (), {**operands, **attributes})
         return self._give(op, node, several=short != "Rope")
 
@@ -334,7 +238,6 @@ class _Lowering:
         found: dict[str, Any] = {}
         for name, value in fused_ops.named(op).items():
             if name in ("weight", "weight_scale") and short == "Linear":
-                found[name] = None
                 continue
             compute = name in fused_ops.COMPUTE.get(short, ())
             change = fused_ops.vector if name in fused_ops.VECTORS.get(short, ()) else None
@@ -359,6 +262,8 @@ class _Lowering:
         given.pop("weight_type", None), given.pop("group", None)
         if short == "Rope":
             operands["scale"] = operands.pop("out_scale", None)
+            if out == "float8e4m3fn":
+                given["codes"] = fused_ops.CODES[out]
             return {**given, "interleaved": bool(given.get("interleaved", 0))}
         scale, zero = operands.pop("out_scale", None), operands.pop("out_zero", None)
         if scale is not None:
@@ -366,7 +271,7 @@ class _Lowering:
             given["quant"] = self._graph.call_function(fused_ops.quantizer, (scale, zero), levels)
         return {**given, "keep": bool(op.outputs[0])}
 
-    def _weight(self, op: Op, operands: Mapping[str, Any]) -> fx.Node:
+    def _weight(self, op: Op) -> fx.Node:
         names = fused_ops.named(op)
         group, kind = op.attributes.get("group", 0), fused_ops.KINDS[op.attributes["weight_type"]]
         for one in ("weight", "weight_scale"):

@@ -46,16 +46,17 @@ class Program:
             results = self.module(*given)
         return {one.name: value for one, value in zip(self.outputs, results, strict=True)}
 
-    def capture(self) -> Program:
+    def capture(self, pool: Any = None) -> Program:
         """Record one run as a CUDA graph, which all later calls replay; returns the program.
 
-        Raises CompileError off a GPU.
+        pool: of torch.cuda.graph_pool_handle(); programs that share it share the memory of intermediate values, and a
+        run of one overwrites the results of another. Raises CompileError off a GPU.
         """
         if self.device.type != "cuda":
             raise CompileError(f"a program on {self.device} cannot be captured", hint='lower it with device="cuda"')
         if self._captured is None:
             with torch.no_grad(), torch.cuda.device(self.device):
-                self._captured = _Captured(self)
+                self._captured = _Captured(self, pool)
         return self
 
     @property
@@ -76,7 +77,7 @@ class Program:
 class _Captured:
     """Static inputs, the graph that reads them, static outputs."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, pool: Any) -> None:
         self._outputs = program.outputs
         self._given = {
             one.name: torch.zeros(one.shape, dtype=one.dtype, device=program.device) for one in program.inputs
@@ -89,7 +90,7 @@ class _Captured:
                 program.module(*given)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, pool=pool):
             self._results = program.module(*given)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
