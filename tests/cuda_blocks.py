@@ -18,6 +18,7 @@ from tests.graphs import Builder
 from vdq_export import ort, pipeline, targets
 from vdq_export.contract import PassContext
 from vdq_export.graph import Array, Graph
+from vdq_export.hadamard import largest_block
 from vdq_export.plan import (
     INT_RANGE,
     AttentionOperand,
@@ -48,7 +49,7 @@ SPEC = targets.load("cuda").spec()
 
 @dataclass(frozen=True)
 class Block:
-    """weight: without scales. rank: of low-rank branches. blocks: of rotations, 0 for the widest that goes."""
+    """weight: without scales. rank: of low-rank branches."""
 
     weight: WeightPlan
     activation: tuple[str, int] = ("uint8", 8)
@@ -67,9 +68,12 @@ class Block:
         shapes = {"x": (SAMPLES, TOKENS, WIDTH), "modulation": (SAMPLES, 6, WIDTH)}
         return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
+    def floats(self) -> Graph:
+        return float_block(self.seed)
+
     def graphs(self) -> list[Graph]:
         """The Q/DQ graph of each bin."""
-        graph = float_block(self.seed)
+        graph = self.floats()
         draft = self._plan(graph, {})
         pipeline.run_passes(graph, pipeline.FLOAT, PassContext(draft, None, SPEC))
         plan = self._plan(graph, ort.run(graph, self.feeds, sorted({x.value.name for x in graph.linears()})))
@@ -112,7 +116,7 @@ class Block:
                 vector = tuple(scales[linear.value.name].tolist())
                 rest["smoothing"] = Smoothing(alpha=0.5, scale=vector, why="test")
             if self.rotate and not values:
-                rest["rotation"] = Rotation(block=192 if k == HIDDEN else 64, why="test")
+                rest["rotation"] = Rotation(block=largest_block(k), why="test")
             layers.append(LayerPlan(**rest))
         recipe = Recipe(name="test", summary="test")
         recipe = replace(recipe, schedule=replace(recipe.schedule, delta=self.delta))
