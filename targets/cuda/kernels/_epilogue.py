@@ -18,8 +18,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from vdq_export.targets.cuda.kernels import _config
 from vdq_export.targets.cuda.kernels._backend import power_of_two
-from vdq_export.targets.cuda.kernels._numbers import INTERPRETED, float_dot, narrow, to_float8
+from vdq_export.targets.cuda.kernels._numbers import float8_bits, float_dot, fused, narrow, to_float8
 from vdq_export.targets.cuda.kernels._quant import FLOAT8, Quant
 
 ACTIVATIONS = ("none", "gelu_tanh", "gelu_erf", "silu")
@@ -49,23 +50,20 @@ def divide(v, scale):
     """v / scale for one scale, correctly rounded up to ±1024, beyond that still beyond: five instructions an element.
 
     A product with 1 / scale is up to two units off and rounds ties of codes elsewhere than the quotient does. One step
-    with the exact remainder mends it (Markstein 1990). The interpreter has no fused product, but divides correctly.
+    with the exact remainder mends it (Markstein 1990).
     """
-    if INTERPRETED:
-        quotient = v / scale
-    else:
-        inverse = tl.div_rn(1.0, scale)
-        near = tl.minimum(tl.maximum(v * inverse, -_FAR), _FAR)
-        quotient = tl.fma(tl.fma(-near, scale, v), inverse, near)
-    return quotient
+    inverse = tl.div_rn(1.0, scale)
+    near = tl.minimum(tl.maximum(v * inverse, -_FAR), _FAR)
+    return fused(fused(-near, scale, v), inverse, near)
 
 
 @triton.jit
 def quantize(v, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr):
-    """Codes of a float32 tile. scale: pointer; zero: pointer or None."""
+    """Codes of a float32 tile. scale: pointer; zero: pointer or None. FP8: 0 int8, 1 float8, 2 float8's bits, uint8."""
     quotient = divide(v, tl.load(scale).to(tl.float32))
     if FP8:
-        codes = to_float8(tl.minimum(tl.maximum(quotient, -_FLOAT8_MAX), _FLOAT8_MAX))
+        inside = tl.minimum(tl.maximum(quotient, -_FLOAT8_MAX), _FLOAT8_MAX)
+        codes = to_float8(inside) if FP8 == 1 else float8_bits(inside)
     else:
         shifted = quotient + _ROUND  # rounded half to even by the addition; exact from here on
         if zero is not None:
@@ -89,7 +87,7 @@ def low_rank(low, low_stride, up, rows, cols, m, n, RANK: tl.constexpr, RANK_BLO
 
 
 @triton.jit
-def gated(v, gate, residual, at, inside, rows, cols, n, per_sample, ONE_SAMPLE: tl.constexpr):
+def gated(v, gate, residual, start, inside, rows, cols, n, per_sample, ONE_SAMPLE: tl.constexpr):
     """residual + gate · v."""
     if gate is not None:
         if ONE_SAMPLE:
@@ -98,7 +96,7 @@ def gated(v, gate, residual, at, inside, rows, cols, n, per_sample, ONE_SAMPLE: 
             sample = (rows // per_sample)[:, None]
             v *= tl.load(gate + sample * n + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     if residual is not None:
-        v += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        v += tl.load(residual + start + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     return v
 
 
@@ -112,19 +110,38 @@ def finish(
     """All of the above for the float32 tile v of these rows and columns, and its stores. Pointers may be None."""
     known = cols < n
     inside = (rows[:, None] < m) & known[None, :]
-    at = rows[:, None].to(tl.int64) * n + cols[None, :]
+    start = rows[:, None].to(tl.int64) * n
     if bias is not None:
         v += tl.load(bias + cols, mask=known, other=0.0).to(tl.float32)[None, :]
     if low is not None:
         v += low_rank(low, low_stride, up, rows, cols, m, n, RANK, RANK_BLOCK)
     v = activation(v, ACT)
-    v = gated(v, gate, residual, at, inside, rows, cols, n, per_sample, ONE_SAMPLE)
+    v = gated(v, gate, residual, start, inside, rows, cols, n, per_sample, ONE_SAMPLE)
     if post is not None:
         v *= tl.load(post + cols, mask=known, other=0.0).to(tl.float32)[None, :]
     if y is not None:
-        tl.store(y + at, narrow(v, y.dtype.element_ty), mask=inside)
+        tl.store(y + start + cols[None, :], narrow(v, y.dtype.element_ty), mask=inside)
     if q is not None:
-        tl.store(q + at, quantize(v, out_scale, out_zero, LOW, HIGH, FP8), mask=inside)
+        tl.store(q + start + cols[None, :], quantize(v, out_scale, out_zero, LOW, HIGH, FP8), mask=inside)
+
+
+@triton.jit
+def halves(v):
+    """(v[:, : N / 2], v[:, N / 2 :]); the registers of a matrix instruction's result stay where they are."""
+    across: tl.constexpr = v.shape[1] // 2
+    left, right = tl.split(tl.permute(tl.reshape(v, (v.shape[0], 2, across)), (0, 2, 1)))
+    return left, right
+
+
+@triton.jit
+def parts(v, WIDTH: tl.constexpr):
+    """v in up to four parts of WIDTH columns or more. Finished one by one, they need fewer registers beside v's own."""
+    made = (v,)
+    if v.shape[1] >= 2 * WIDTH:
+        made = halves(v)
+    if v.shape[1] >= 4 * WIDTH:
+        made = halves(made[0]) + halves(made[1])
+    return made
 
 
 def activate(v: torch.Tensor, act: str) -> torch.Tensor:
@@ -178,13 +195,16 @@ class Epilogue:
         rank = 0 if self.low is None else self.low.shape[-1]
         low = self.low if self.low is None or self.low.stride(-1) == 1 else self.low.contiguous()
         quant = self.quant
+        form = 0 if quant is None or quant.dtype != FLOAT8 else 1 if _config.capability() >= (8, 9) else 2
         return {
             "bias": _flat(self.bias), "low": low, "low_stride": 0 if low is None else low.stride(0),
-            "up": _flat(self.up), "gate": _flat(self.gate), "per_sample": max(1, m // samples), "residual": _flat(self.residual), "post": _flat(self.post),
+            "up": _flat(self.up), "gate": _flat(self.gate), "per_sample": max(1, m // samples),
+            "residual": _flat(self.residual), "post": _flat(self.post),
             "out_scale": None if quant is None else quant.scale, "out_zero": None if quant is None else quant.zero,
-            "y": y, "q": q, "RANK": rank, "RANK_BLOCK": power_of_two(rank, LEAST_RANK), "ACT": self.act,
+            "y": y, "q": q if form < 2 or q is None else q.view(torch.uint8),
+            "RANK": rank, "RANK_BLOCK": power_of_two(rank, LEAST_RANK), "ACT": self.act,
             "ONE_SAMPLE": samples == 1, "LOW": 0 if quant is None else quant.low,
-            "HIGH": 0 if quant is None else quant.high, "FP8": quant is not None and quant.dtype == FLOAT8,
+            "HIGH": 0 if quant is None else quant.high, "FP8": form,
         }  # fmt: skip
 
 

@@ -12,7 +12,6 @@ import triton.language as tl
 from vdq_export.targets.cuda.kernels import _backend
 
 INTERPRETED = tl.constexpr(_backend.INTERPRETED)
-_SUBNORMAL = tl.constexpr(24576.0)  # 1.5 · 2^14: steps of 2^-9, those of float8e4m3fn below 2^-6
 
 
 @triton.jit
@@ -36,11 +35,25 @@ def narrow(v, dtype: tl.constexpr):
 
 
 @triton.jit
+def fused(a, b, c):
+    """a · b + c, rounded once. The interpreter rounds twice, to float64 first."""
+    if INTERPRETED:
+        a, b, c = a.to(tl.float64), b.to(tl.float64), c.to(tl.float64)
+    return tl.fma(a, b, c).to(tl.float32)
+
+
+@triton.jit
+def float8_bits(v):
+    """float32 in [−448, 448] as the bits of float8e4m3fn, to nearest even, where the compiler has no such type."""
+    size = tl.abs(v)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960  # three bits of mantissa stay; 8 · (127 − 7) less
+    subnormal = (size + 16384.0).to(tl.int32, bitcast=True) & 15  # 2^14 has steps of 2^-9, as float8 below 2^-6
+    sign = (v.to(tl.int32, bitcast=True) >> 24) & 128
+    return (tl.where(size < 0.015625, subnormal, normal) | sign).to(tl.uint8)
+
+
+@triton.jit
 def to_float8(v):
     """float32 in [−448, 448] as float8e4m3fn, to nearest even."""
-    if INTERPRETED:
-        bits = v.to(tl.int32, bitcast=True)
-        bits += 0x7FFFF + ((bits >> 20) & 1)
-        rounded = (bits & -1048576).to(tl.float32, bitcast=True)
-        v = tl.where(tl.abs(v) < 0.015625, (v + _SUBNORMAL) - _SUBNORMAL, rounded)
-    return v.to(tl.float8e4nv)
+    return float8_bits(v).to(tl.float8e4nv, bitcast=True) if INTERPRETED else v.to(tl.float8e4nv)

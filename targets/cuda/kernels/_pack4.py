@@ -26,7 +26,7 @@ def half(k: int) -> int:
 def pack(codes: torch.Tensor) -> torch.Tensor:
     """uint8[N, H] of the levels codes[N, K], int8 within [−8, 7]."""
     k = codes.shape[1]
-    if codes.numel() and not codes.is_meta and not (LOWEST <= int(codes.min()) and int(codes.max()) <= HIGHEST):
+    if codes.numel() and not codes.is_meta and not (int(codes.min()) >= LOWEST and int(codes.max()) <= HIGHEST):
         raise ValueError(f"levels from {int(codes.min())} to {int(codes.max())} do not fit 4 bits")
     padded = F.pad(codes, (0, 2 * half(k) - k)).view(torch.uint8)
     return (padded[:, : half(k)] & 15) | (padded[:, half(k) :] << 4)

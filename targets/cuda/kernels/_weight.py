@@ -6,8 +6,8 @@
 Scales are one a channel, [N], or one a channel and group of `group` consecutive inputs, [⌈K / group⌉, N]. The sums of
 codes that the zero point z of an activation multiplies are made here, once:
 
-    one scale a channel    colsum[n] = Σ_k codes[k, n], int32        y = (Σ_k c·w − z · colsum) · scale: exact up to there
-    groups                 colsum[n] = Σ_k values[k, n], float32     y = Σ_g scale[g] · Σ_k∈g c·w − z · colsum
+    one scale a channel    colsum[n] = Σ_k codes[k, n], int32        y = (Σ_k c·w − z·colsum)·scale, exact but for scale
+    groups                 colsum[n] = Σ_k values[k, n], float32     y = Σ_g scale[g]·(Σ_k∈g c·w) − z·colsum
 """
 
 from __future__ import annotations
