@@ -6,19 +6,24 @@ of two (12, 20, 28 … times some twos) and is not symmetric. A block lies in a 
     v·H = (Aᵀ ⊗ Bᵀ ⊗ Cᵀ)·v:     v · C along the last axis, · B along the middle one, Aᵀ · along the first.
 
 Each is a product with a small matrix of ±1 on the tensor cores, A + B + C products an element instead of n. Triton's
-shapes are powers of two: A is padded by zeros to Ap, which costs Ap / A of the arithmetic but no memory traffic (masked).
+shapes are powers of two: A is padded by zeros to Ap, which costs Ap / A of the arithmetic, but no memory traffic.
 
-    n      1536      5120          8960      13824      192      64    512
-    A·B·C  24·1·64   20·16·16      140·1·64  108·1·128  12·1·16  1·1·64  1·16·32
+    n      1536     5120       8960      13824      192      512
+    A·B·C  24·1·64  20·16·16   140·1·64  108·1·128  12·1·16  1·16·32
 
-±1 is exact in bfloat16. The float32 value is split into TERMS bfloat16 ones, each product summed in float32: with two
-terms the error is 2^-17 of the value (with three 2^-25, float32's own); rounding x to bfloat16 alone makes 2^-9. What is
-bfloat16 already needs one term in its first product, exactly.
+±1 is exact in bfloat16. A float32 value is split into TERMS bfloat16 ones, each product summed in float32: two terms
+err by 2^-16 of the value (three by 2^-24, like float32); rounding to bfloat16 alone errs by 2^-8. An x that is bfloat16
+already needs one term in its first product, exactly.
 
-Floor of x · H alone in bfloat16 at 4.3 TB/s, 4 bytes an element, M = 32760: 47 µs for K = 1536, 156 µs for 5120, 273 µs for
-8960, 421 µs for 13824. The products, at 2 terms and 400 T multiplications/s (half of what the tensor cores make in bfloat16
-at best, 800 TFLOP/s, is their floor): 1536 32 µs, 5120 86 µs, 8960 860 µs, 13824 686 µs. So 8960 in one block is bound by
-arithmetic, as 140 is padded to 256 and no part of it factors: blocks of 1280 (20·64) or 256 are far cheaper there.
+Floor of x · H alone, bfloat16 in and out, 4 bytes an element at 4.3 TB/s, and of its products, two terms, at 400 T a
+second (800 TFLOP/s, bfloat16 on tensor cores at best), M = 32760:
+
+    K = n              1536     5120     8960    13824
+    memory            47 µs   156 µs   273 µs   421 µs
+    products          32 µs    86 µs   860 µs   686 µs
+
+So 8960 in one block is bound by arithmetic: 140 does not factor and is padded to 256. Blocks of 1280 (20·64: 226 µs) or
+256 (16·16: 47 µs) are far cheaper there.
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ _TRANSPOSED = 24  # an exchange through shared memory costs about as much as so 
 
 @dataclass(frozen=True)
 class Shape:
-    """How blocks lie in a tile, as [a, b, c]: each has `width` columns, and zeros behind the first `left` of the `a`."""
+    """How blocks lie in a tile, as [a, b, c]: each has `width` columns, and zeros behind the first `left` of `a`."""
 
     order: int
     width: int
@@ -59,7 +64,7 @@ class Shape:
 
     @property
     def least(self) -> int:
-        """The fewest blocks of a tile: a product has 16 rows or more, and a single factor finds them in other blocks."""
+        """The fewest blocks of a tile: a product has 16 rows or more, a single factor's are those of other blocks."""
         return LEAST if self.size == max(self.a, self.c) else 1
 
     @property
@@ -176,7 +181,7 @@ def rotate(
     ROWS: tl.constexpr, COUNT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
     TERMS: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Each block of the float32 tile v[ROWS, COUNT · A · B · C] times H. scale: 1/√n. FIRST: terms of the first product.
+    """Each block of the float32 tile v[ROWS, COUNT · A · B · C] times H. scale: 1/√n. FIRST: terms of a first product.
 
     v is finite, and zero in the places that hold no column.
     """

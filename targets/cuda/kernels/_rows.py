@@ -46,7 +46,7 @@ def _statistics_of_row(
     NORM: tl.constexpr, BLOCK_M: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, LEFT: tl.constexpr,
     A: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same of rows read tile by tile: Welford's recurrence in each place of the tile, then Chan's sum of the places.
+    """The same of rows read tile by tile: Welford's recurrence in each place of a tile, then Chan's sum of the places.
 
     Nothing cancels, and only two reductions are needed. Places are filled from the left: what holds a number in one
     tile held one in all before.

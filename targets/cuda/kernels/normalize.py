@@ -8,21 +8,24 @@
     v = v · post                     [K]
     q = quant(v),  y = v in dtype,  low = v @ down[K, r]
 
-Scales are static, so a code needs nothing but its own value: with norm none tiles cover a part of a row, with a norm one
-program holds whole rows in registers (up to 16384 channels, two reductions) and reads x once. Only wider rows, and those of
-a low-rank product, whose tiles have 16 rows or more, are read twice, the second time from the caches.
+Scales are static: a code needs nothing but its own value, and with norm none tiles cover a part of a row. With a norm
+one program holds whole rows in registers where a power of two covers them well, else it reads them twice: part by part
+for the statistics, then, from the L2 cache, for the rest. Parts are fetched ahead into shared memory.
 
-Floor: K · (2 read + 1 written) bytes a row in bfloat16 with 8-bit codes; +2 where y is kept too; r columns of low cost 2·r
-bytes a row and 2 · 2·K·r operations. M = 32760 at 4.3 TB/s:
+Floor: K · (2 read + 1 written) bytes a row of bfloat16 with 8-bit codes, 2 more where y is kept too; r columns of low
+cost 2·r bytes and 2 · 2·K·r operations a row. M = 32760 at 4.3 TB/s:
 
-    K                 1536     5120     8960     13824
-    codes            34 µs   117 µs   205 µs   316 µs
-    codes and y      58 µs   195 µs   341 µs   527 µs
-    H beside them    see _hadamard.py: hidden up to about 100 products an element
+    K                1536     5120     8960    13824
+    codes           35 µs   117 µs   205 µs   316 µs
+    codes and y     59 µs   195 µs   341 µs   527 µs
+    low, r = 32      8 µs    27 µs    47 µs    72 µs      of tensor cores at 800 TFLOP/s, beside the memory's time
 
-Vectors of channels, scale and shift come from the caches. low: bfloat16 `down` is multiplied exactly and v as the sum of two
-bfloat16 numbers (2^-17 of each), so that the error stays far below the rounding of low to dtype; other types in three
-products of tf32. Where a rotated tile of 16 rows is too large, v · H · post @ down is computed as v @ (H · post · down).
+Instructions come close: about 20 an element are what an SM issues in that time. A rotation costs more (_hadamard.py).
+Vectors of channels, scale and shift come from the caches.
+
+low: bfloat16 `down` is multiplied exactly, v as the sum of two bfloat16 numbers (2^-16 of each), which stays far below
+low's rounding to dtype; other types in three products of tf32. Where a rotated tile of 16 rows is too large,
+v · H · post @ down is computed as v @ (H · post · down).
 """
 
 from __future__ import annotations
@@ -188,7 +191,8 @@ def launch(x: torch.Tensor, steps: Steps, *, config: _config.Config | None = Non
         return _empty(steps.outputs(m, k, x.device))
     if config is None:
         config = _config.config(
-            "normalize", lambda one: launch(x, steps, config=one), m=m, n=steps.rank, k=k, norm=steps.norm, hadamard=turned
+            "normalize", lambda one: launch(x, steps, config=one),
+            m=m, n=steps.rank, k=k, norm=steps.norm, hadamard=turned,
         )  # fmt: skip
     if turned and steps.rank and _ROWS_OF_LOW * _hadamard.shape(turned).size > _WHOLE_ROW:
         return _apart(x, steps)
@@ -243,31 +247,39 @@ def _part(k: int, across: int) -> int:
 
 
 def _run(x: torch.Tensor, steps: Steps, one: Tile, config: _config.Config) -> Outputs:
-    (m, k), shape, quant = x.shape, one.shape, steps.quant
+    (m, k), shape = x.shape, one.shape
     y, q, low = outputs = steps.outputs(m, k, x.device)
     x = x if x.stride(1) == 1 else x.contiguous()
     a, b, c = _hadamard.constants(shape.order, x.device) if steps.turned else (None, None, None)
     chunks = blocks(k, one.count * shape.width)
     loops = not one.resident and (steps.norm != "none" or steps.rank > 0)
-    stages = config["num_stages"] if loops and one.size <= _FETCHED else 1
     per_sample = m // steps.samples
     terms = config.get("TERMS", _hadamard.terms(steps.dtype))
-    num_warps = _hadamard.warps(shape, one.size) if steps.turned else config["num_warps"]
     row_kernel[blocks(m, one.rows), 1 if loops else chunks](
         x, m, k, x.stride(0), chunks, per_sample, steps.epsilon, shape.order**-0.5,
-        _flat(steps.weight), _flat(steps.bias), steps.modulation(steps.scale), steps.modulation(steps.shift), _flat(steps.smooth),
-        _flat(steps.post), None if quant is None else quant.scale, None if quant is None else quant.zero,
-        _flat(steps.down), a, b, c, y, q, low,
-        NORM=steps.norm, ACT=steps.act, ONE_SAMPLE=steps.samples == 1 or per_sample % one.rows == 0,
-        LOW=0 if quant is None else quant.low, HIGH=0 if quant is None else quant.high,
-        FP8=quant is not None and quant.dtype == FLOAT8,
-        RANK=steps.rank, RANK_BLOCK=power_of_two(steps.rank, LEAST_RANK),
+        a=a, b=b, c=c, y=y, q=q, low=low, **_arguments(steps),
+        ONE_SAMPLE=steps.samples == 1 or per_sample % one.rows == 0,
         BLOCK_M=one.rows, COUNT=one.count, WIDTH=shape.width, LEFT=shape.left, A=shape.a, B=shape.b, C=shape.c,
-        TURNED=steps.turned, TERMS=terms, FIRST=1 if steps.plain and x.dtype == torch.bfloat16 else terms,
-        RESIDENT=one.resident, LOOPS=loops, STAGES=stages,
-        num_warps=num_warps,
+        TERMS=terms, FIRST=1 if steps.plain and x.dtype == torch.bfloat16 else terms,
+        RESIDENT=one.resident, LOOPS=loops, STAGES=config["num_stages"] if loops and one.size <= _FETCHED else 1,
+        num_warps=_hadamard.warps(shape, one.size) if steps.turned else config["num_warps"],
     )  # fmt: skip
     return outputs
+
+
+def _arguments(steps: Steps) -> dict[str, object]:
+    """What the kernel takes from the steps alone, by name."""
+    quant = steps.quant
+    return {
+        "weight": _flat(steps.weight), "bias": _flat(steps.bias), "smooth": _flat(steps.smooth),
+        "scale": steps.modulation(steps.scale), "shift": steps.modulation(steps.shift),
+        "post": _flat(steps.post), "down": _flat(steps.down),
+        "out_scale": None if quant is None else quant.scale, "out_zero": None if quant is None else quant.zero,
+        "NORM": steps.norm, "ACT": steps.act, "TURNED": steps.turned,
+        "LOW": 0 if quant is None else quant.low, "HIGH": 0 if quant is None else quant.high,
+        "FP8": quant is not None and quant.dtype == FLOAT8,
+        "RANK": steps.rank, "RANK_BLOCK": power_of_two(steps.rank, LEAST_RANK),
+    }  # fmt: skip
 
 
 def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:
