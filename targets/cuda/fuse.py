@@ -12,16 +12,22 @@ from vdq_export.targets.cuda import (
     fuse_low_rank_down,
     fuse_normalize,
     fuse_rope,
+    gather_attention,
+    rejoin,
+    trim_table,
 )
 
 REWRITES = (
-    fuse_linear,  # first: the kernels that the others add to, and quantizers on their own
+    rejoin,  # first: so that values next to each other are
+    fuse_linear,  # the kernels that the others add to, and quantizers on their own
     fuse_low_rank,  # before the epilogue, which stands behind this sum
+    gather_attention,  # before what takes one node
     fuse_attention,  # quantizers of heads on their own
     fuse_rope,  # takes them, and before norms those that only it reads
     fuse_epilogue,  # before norms: smoothing and a quantizer behind a linear belong to the linear
     fuse_normalize,  # the quantizers that are left
-    fuse_low_rank_down,  # last: beside what stands in front of a quantizer, whole
+    fuse_low_rank_down,  # beside what stands in front of a quantizer, whole
+    trim_table,  # last: what all of them left over
 )
 
 

@@ -23,12 +23,13 @@ from vdq_export.targets.cuda._fused import add, next_node, remove, result
 from vdq_export.targets.cuda.quantizers import Quantizer, code_type, codes_of, read
 
 NAME = "fuse_linear"
+Key = tuple[int | str | bytes, ...]  # of a quantizer: the value and the numbers
 _WEIGHTS = {"int8": "int8", "int4": "int4", "float8_e4m3fn": "float8e4m3fn"}
 
 
 def run(graph: Graph, context: PassContext) -> PassReport:
     report = PassReport(NAME)
-    codes: dict[str, tuple[Value, Quantizer] | str] = {}
+    codes: dict[Key, tuple[Value, Quantizer]] = {}
     for node in graph.nodes:
         weight = made_by(node.inputs[1], "DequantizeLinear") if node.op in ("MatMul", "Gemm") else None
         if weight is None or not is_constant(weight.inputs[0]):
@@ -70,15 +71,13 @@ def _product(node: Node) -> str:
     return ""
 
 
-def _fuse(graph: Graph, node: Node, weight: Node, codes: dict[str, tuple[Value, Quantizer] | str]) -> str:
+def _fuse(graph: Graph, node: Node, weight: Node, codes: dict[Key, tuple[Value, Quantizer]]) -> str:
     path, values, kind = node.name.rpartition("/")[0] or node.name, weight.inputs[0], ""
     weight_type = _WEIGHTS[np.dtype(values.dtype).name]
     x: tuple[Value, Quantizer | None] = (node.inputs[0], None)
     quantize = codes_of(node.inputs[0])
     if quantize is not None:
-        if quantize.name not in codes:
-            codes[quantize.name] = _quantize(graph, quantize)
-        given = codes[quantize.name]
+        given = _quantize(graph, quantize, codes)
         kind = given if isinstance(given, str) else given[1].dtype
         if not isinstance(given, str) and (kind == "float8e4m3fn") == (weight_type == "float8e4m3fn"):
             x = given
@@ -103,18 +102,21 @@ def _fuse(graph: Graph, node: Node, weight: Node, codes: dict[str, tuple[Value, 
     return ""
 
 
-def _quantize(graph: Graph, node: Node) -> tuple[Value, Quantizer] | str:
-    """(codes, what they mean) of one QuantizeLinear, by a kernel of its own; or why not."""
+def _quantize(graph: Graph, node: Node, codes: dict[Key, tuple[Value, Quantizer]]) -> tuple[Value, Quantizer] | str:
+    """(codes, what they mean) of a QuantizeLinear, by one kernel for all of the same value and numbers; or why not."""
     found = read(graph, node)
     if isinstance(found, str) or found.axis is not None:
         return found if isinstance(found, str) else "one scale a channel"
-    made = add(
-        graph, "Normalize", graph.fresh(f"{node.name.rpartition('/')[0] or node.name}/Codes"),
-        {"x": found.value, "out_scale": found.scale, "out_zero": found.zero},
-        {"q": (code_type(found.dtype), node.outputs[0].shape)},
-        {"norm": "none", **found.attrs},
-    )  # fmt: skip
-    return result(made, "q"), found
+    key = (id(found.value), *found.key)
+    if key not in codes:
+        made = add(
+            graph, "Normalize", graph.fresh(f"{node.name.rpartition('/')[0] or node.name}/Codes"),
+            {"x": found.value, "out_scale": found.scale, "out_zero": found.zero},
+            {"q": (code_type(found.dtype), node.outputs[0].shape)},
+            {"norm": "none", **found.attrs},
+        )  # fmt: skip
+        codes[key] = result(made, "q"), found
+    return codes[key]
 
 
 def _per_channel(graph: Graph, weight: Node) -> Value:

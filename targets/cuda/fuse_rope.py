@@ -13,14 +13,11 @@ in between, too. A step moves in when nobody else reads what it reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
-
 from vdq_export.contract import PassContext, PassReport
-from vdq_export.graph import Graph, Node, Value
+from vdq_export.graph import Graph, Node
 from vdq_export.match import integers, made_by, readers
 from vdq_export.targets.cuda._fused import absorb, add, is_fused, is_output, next_node, operand, put, remove, result
+from vdq_export.targets.cuda._layouts import reshaped
 from vdq_export.targets.cuda._norms import norm_of
 from vdq_export.targets.cuda._operands import channels
 
@@ -89,19 +86,6 @@ def _norm(graph: Graph, node: Node) -> bool:
     alone = all(len(readers(one)) == 1 and not is_output(graph, one) for one in (x, value))
     if found is None or not alone or found.bias is not None or (found.kind == "layer" and not per_head):
         return False
-    put(node, x=_tokens(graph, found.x, x.shape), weight=found.weight and channels(graph, found.weight))
+    put(node, x=reshaped(graph, found.x, x.shape), weight=found.weight and channels(graph, found.weight))
     node.attrs.update(norm=f"{found.kind}_head" if per_head else found.kind, epsilon=found.epsilon)
     return True
-
-
-def _tokens(graph: Graph, value: Value, shape: Sequence[int]) -> Value:
-    """`value`[B, S, H, D] as [B, S, H·D]."""
-    if list(value.shape) == list(shape):
-        return value
-    before = made_by(value, "Reshape")
-    if before is not None and list(before.inputs[0].shape) == list(shape):
-        return before.inputs[0]
-    target = graph.constant(graph.fresh(f"{value.name}/Tokens.shape"), np.array(shape, np.int64))
-    return graph.add_node(
-        "Reshape", [value, target], graph.fresh(f"{value.name}/Tokens"), dtype=value.dtype, shape=shape
-    )

@@ -45,6 +45,12 @@ class Quantizer:
     def attrs(self) -> dict[str, int | str]:
         return {"low_level": self.low, "high_level": self.high, "out_type": self.dtype}
 
+    @property
+    def key(self) -> tuple[int | str | bytes, ...]:
+        """What is the same for two quantizers with the same numbers in every bin."""
+        held = [numbers(one) for one in (self.scale, self.zero) if one is not None]
+        return (*(b"" if one is None else one.tobytes() for one in held), self.low, self.high, self.dtype)
+
 
 def code_type(dtype: str) -> np.dtype:
     return np.dtype(numpy_type(dtype))
