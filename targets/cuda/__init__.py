@@ -18,9 +18,10 @@ from vdq_export.plan import QuantPlan
 from vdq_export.target_spec import Capability, TargetSpec
 
 NAME = "cuda"
-PASSES = ("ort_rotary", "ort_attention")
-# Architecture -> what its tensor cores multiply of the formats here, beside 16-bit floats.
-ISAS = {"sm_80": ("int8",), "sm_89": ("int8", "fp8"), "sm_90": ("int8", "fp8"), "sm_100": ("fp8",), "sm_120": ("fp8",)}
+PASSES = ("ort_rotary", "ort_attention", "attention_qdq")
+# Architectures whose kernels can be compiled ahead; all of them, or none: then the GPU's own machine does.
+ISAS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+EVERY, NONE = "any", "jit"
 _TRIAL = "compiled with triton 3.9.0 for sm_90, run in its interpreter"
 _HARDWARE = "PTX ISA, mma and wgmma; no GPU was asked"
 TABLE = (
@@ -61,10 +62,13 @@ TABLE = (
 
 
 def spec(isa: str | None = None) -> TargetSpec:
-    """isa: the architecture whose kernels are compiled ahead; by default all of them. Raises UnknownNameError."""
-    chosen = isa or "any"
-    if chosen not in (*ISAS, "any"):
-        raise UnknownNameError("GPU architecture", chosen, (*ISAS, "any"))
+    """isa: the architecture whose kernels are compiled ahead, by default each; "jit": none, which takes no Triton.
+
+    Raises UnknownNameError for another one.
+    """
+    chosen = isa or EVERY
+    if chosen not in (EVERY, NONE, *ISAS):
+        raise UnknownNameError("GPU architecture", chosen, (EVERY, NONE, *ISAS))
     return TargetSpec(
         name=NAME,
         summary="NVIDIA GPUs: fused INT8, FP8 and 4-bit kernels, one CUDA graph for all bins",
@@ -75,9 +79,10 @@ def spec(isa: str | None = None) -> TargetSpec:
         groups=(32, 64, 128),
         grids=("int", "fp8"),
         min_rows=2,
+        attention=("int8 scores", "fp8 values"),
         dynamic=True,
         hand_off=True,
-        isas=("any", *ISAS),
+        isas=(EVERY, NONE, *ISAS),
         table=TABLE,
     )
 
@@ -108,7 +113,11 @@ def fused_layers(root: Path, plan: QuantPlan) -> dict[str, bool]:
 
 
 def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec) -> None:
-    """Write the programs that the GPU runs."""
-    from vdq_export.targets.cuda import build
+    """Write the programs that the GPU runs, and their kernels.
 
-    build.write(writer, graphs, spec)
+    Raises MissingToolError without Triton unless no kernels are compiled ahead.
+    """
+    from vdq_export.targets.cuda import build  # torch, which listing targets does without
+
+    archs = {EVERY: ISAS, NONE: ()}.get(spec.isa, (spec.isa,))
+    build.write(writer, graphs, archs)

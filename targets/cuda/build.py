@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import torch
+
+from vdq_export import vendor_tool
 from vdq_export.bundle_writer import BundleWriter
+from vdq_export.contract import PassReport
 from vdq_export.graph import Graph
 from vdq_export.runtime import families
-from vdq_export.target_spec import TargetSpec
 from vdq_export.targets.cuda import fuse
 from vdq_export.targets.cuda.merge import merge
 from vdq_export.targets.cuda.programs import PROGRAMS, Fused, Program, Programs
 
 
-def write(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec) -> None:
-    """graphs: {bundle path: graph}, bin by bin; the files are there already."""
+def write(writer: BundleWriter, graphs: Mapping[str, Graph], archs: Sequence[str]) -> None:
+    """graphs: {bundle path: graph}, bin by bin; the files are there already. archs: to compile kernels for.
+
+    Raises MissingToolError without Triton where there are any.
+    """
     paths = list(graphs)
     programs = []
     for number, family in enumerate(families.find([writer.file(path) for path in paths])):
         merged = merge(graphs[paths[family.bins[0]]], [family.constants[index] for index in family.bins])
-        fused = tuple(
-            Fused(
-                name=one.name,
-                applied=one.applied,
-                skipped=tuple(f"{skip.where}: {skip.why}" for skip in one.skipped),
-            )
-            for one in fuse.run(merged)
-        )
+        fused = tuple(map(_told, fuse.run(merged)))
         path = writer.add_graph(f"cuda.{number:02d}", *merged.skeleton())
         programs.append(Program(graph=path, bins=family.bins, fused=fused))
-    writer.add_file(PROGRAMS, Programs(programs=tuple(programs)).to_json())
+    triton = _compile(writer, [writer.file(one.graph) for one in programs], archs) if archs else ""
+    told = Programs(programs=tuple(programs), kernels=tuple(archs), triton=triton)
+    writer.add_file(PROGRAMS, told.to_json())
+
+
+def _told(report: PassReport) -> Fused:
+    skipped = tuple(f"{one.where}: {one.why}" for one in report.skipped)
+    return Fused(name=report.name, applied=report.applied, skipped=skipped)
+
+
+def _compile(writer: BundleWriter, graphs: Sequence[Path], archs: Sequence[str]) -> str:
+    """Kernels of all graphs into the bundle; Triton's version. Which ones is seen by running them without values."""
+    triton = vendor_tool.module("triton", "triton", "pip install 'vdq-export[cuda]', or --isa jit")
+    from vdq_export.targets.cuda import aot
+    from vdq_export.targets.cuda.lower import lower
+
+    def run() -> None:
+        for path in graphs:
+            program = lower(path, device="meta")
+            program({one.name: torch.empty(one.shape, dtype=one.dtype, device="meta") for one in program.inputs})
+
+    for path, data in aot.compile_all(aot.record_all(run, archs)):
+        writer.add_file(path, data)
+    return str(triton.__version__)

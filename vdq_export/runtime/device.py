@@ -94,7 +94,11 @@ class DeviceEngine(Engine):
         self, bundle: Bundle, schedule: Schedule, ahead: DeviceAhead, device: torch.device, dtype: str
     ) -> None:
         self._device = device
-        weights: dict[str, torch.Tensor] = {}
+        weights: dict[Any, Any] = {}
+        if device.type == "cuda":
+            from vdq_export.targets.cuda import aot  # triton
+
+            aot.install(bundle)
         graphs = programs_of(bundle).programs
 
         def make(family: Family) -> Any:
