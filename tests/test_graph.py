@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 
 from tests.smoothing_cases import Net
@@ -50,3 +52,20 @@ def test_fresh_names_never_repeat() -> None:
     graph = one_linear()
     names = [graph.fresh("layer/MatMul") for _ in range(3)]
     assert len({*names, "layer/MatMul"}) == 4
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "bfloat16", "int4"])
+def test_a_small_constant_of_a_type_that_numpy_lacks_is_read_as_it_is(tmp_path: Path, name: str) -> None:
+    values = np.array([1, -2, 3], np.float32).astype(getattr(ml_dtypes, name))
+    kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["constant"], ["y"], name="n")], "g", [],
+        [onnx.helper.make_tensor_value_info("y", kind, [3])], [onnx.numpy_helper.from_array(values, "constant")],
+    )  # fmt: skip
+    path = tmp_path / "small.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)]), path)
+    read = Graph.load(path)
+    (found,) = read.constants()
+    assert found.values.dtype == values.dtype and (found.values.view("u1") == values.view("u1")).all()
+    again = onnx.numpy_helper.to_array(read.to_proto().graph.initializer[0])
+    assert again.dtype == values.dtype and (again.view("u1") == values.view("u1")).all()

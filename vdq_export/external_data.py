@@ -43,7 +43,7 @@ def of_foreign_types(proto: onnx.ModelProto) -> dict[str, Array]:
         tensor.name: onnx.numpy_helper.to_array(tensor)
         for tensor in proto.graph.initializer
         if tensor.data_location != onnx.TensorProto.EXTERNAL
-        and not onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).isbuiltin
+        and onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).isbuiltin != 1
     }
 
 
