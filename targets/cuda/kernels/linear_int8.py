@@ -93,7 +93,7 @@ def _product(x, w, row, col, m, n, k, x_stride, w_stride,
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for at in range(0, k, BLOCK_K):
         a, b = _block(x, w, row, col, at, k, m, n, x_stride, w_stride, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
-        total = tl.dot(a, b.T, total)
+        total = tl.dot(a, b.T, total, out_dtype=tl.int32)
     return total
 
 
@@ -110,7 +110,7 @@ def _grouped_product(x, w, w_scale, row, col, m, n, k, x_stride, w_stride, GROUP
         part = tl.full((BLOCK_M, BLOCK_N), _MAGIC_BITS if GROUP <= _EXACT_GROUP else 0, tl.int32)
         for step in tl.static_range(0, GROUP, BLOCK_K):
             a, b = _block(x, w, row, col, start + step, stop, m, n, x_stride, w_stride, BLOCK_M, BLOCK_N, BLOCK_K, TMA)
-            part = tl.dot(a, b.T, part)
+            part = tl.dot(a, b.T, part, out_dtype=tl.int32)
         if GROUP <= _EXACT_GROUP:
             total += (part.to(tl.float32, bitcast=True) - _MAGIC) * scale[None, :]
         else:
