@@ -108,7 +108,8 @@ class _Planner:
                 f"{self._record.origin} says nothing about heads of attentions: it was made by an earlier version",
                 hint="calibrate again",
             )
-        return known.heads
+        heads: Array = known.heads
+        return heads
 
     def _carried(self, one: Attention) -> Transform | None:
         """What of the smoothing and rotation of the linears behind an attention its values carry; None: nothing."""

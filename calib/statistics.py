@@ -240,4 +240,5 @@ def _unpacked(stored: _Packed) -> dict[Slot, Statistics]:
 
 
 def _statistics(arrays: Sequence[Array], count: int, calls: int) -> Statistics:
-    return Statistics(*arrays, count, calls)
+    lo, hi, peak, rows, keys, top, norms, heads = arrays
+    return Statistics(lo, hi, peak, rows, keys, top, norms, heads, count, calls)

@@ -278,7 +278,7 @@ def test_only_what_the_recipe_asks_for(canonical: Graph, record: CalibrationReco
     assert letters(scores="int8", values="fp8") == {"qkv"}
 
 
-def test_recipes_ask_and_targets_refuse(canonical: Graph, record: CalibrationRecord) -> None:
+def test_recipes_ask_and_targets_refuse(canonical: Graph, record: CalibrationRecord, tiny: Model) -> None:
     wanted = {name: recipes.load(name).attention.kinds for name in recipes.names()}
     assert {name: kinds for name, kinds in wanted.items() if kinds} == {
         "static-asq-attention": ("int8 scores",), "static-asq-attention-fp8": ("int8 scores", "fp8 values"),
@@ -286,7 +286,7 @@ def test_recipes_ask_and_targets_refuse(canonical: Graph, record: CalibrationRec
     assert "attention scales" in recipes.load("static-asq-attention").data_uses
     free = replace(recipes.load("w8a16"), attention=BOTH)
     with pytest.raises(CalibrationError, match="needs calibration data: attention scales"):
-        draft(Network(canonical, CalibrationRecord.empty(canonical, Model), free, SPEC))  # type: ignore[arg-type]
+        draft(Network(canonical, CalibrationRecord.empty(canonical, tiny), free, SPEC))
     half = replace(SPEC, attention=("int8 scores",))
     with pytest.raises(
         RecipeError, match="asks for fp8 values of attentions, which reference has no kernel for"

@@ -153,7 +153,8 @@ def quantized(
 def worst(graph: Graph, case: Case, letters: str, place: int = 0) -> float:
     """Against the definition, at the session options of the target and at onnxruntime's own defaults."""
     differences = []
-    for options in (reference.session_options(reference.spec()), {}):
+    defaults: dict[str, str] = {}
+    for options in (reference.session_options(reference.spec()), defaults):
         names = [f"out{i}" for i in range(len(case.factors))]
         found = ort.session(graph, options=options, threads=1).run(names, case.feeds)
         differences += [np.abs(y - case.expected(i, letters, place)).max() for i, y in enumerate(found)]

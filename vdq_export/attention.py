@@ -64,7 +64,8 @@ class Attention:
 def find(graph: Graph) -> Iterator[Attention]:
     """Every attention in its canonical form, in graph order."""
     for scores in graph.attention_matmuls():
-        node, value = None, scores.outputs[0]
+        node: Node | None = None
+        value = scores.outputs[0]
         while (node := sole_reader(value, "Softmax", *_BETWEEN)) is not None and node.op != "Softmax":
             value = node.outputs[0]
         if node is None or value.shape is None or node.attrs.get("axis", -1) not in (-1, len(value.shape) - 1):
