@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.cuda_kernel_cases import CASES
 from tests.triton_process import serve
 from vdq_export.bundle import Bundle
@@ -48,6 +50,24 @@ def make(folder: Path) -> object:
         (folder / path).write_bytes(data)
     seal(folder)
     return {"launches": len(launches), "said": said}
+
+
+def record_block(folder: Path) -> object:
+    """The kernels of a quantized block for sm_90, by meta tensors; and whether real tensors launch the same."""
+    from tests.cuda_blocks import INT8, Block
+    from vdq_export.targets.cuda import aot, fuse
+    from vdq_export.targets.cuda.lower import lower
+
+    graph, _ = Block(INT8, smooth=True, rank=4, attention="q k v").merged()
+    fuse.run(graph)
+    model = graph.to_proto()
+    by_meta = aot.launches_of(model, archs=["sm_90"])
+    program = lower(model)
+    feeds = {one.name: torch.zeros(one.shape, dtype=one.dtype) for one in program.inputs}
+    return {
+        "kernels": sorted({one.name.partition(":")[0] for one in by_meta}),
+        "same": by_meta == aot.record_all(lambda: program(feeds), ["sm_90"]),
+    }
 
 
 def install(folder: Path) -> object:
@@ -120,7 +140,7 @@ def _no_device() -> Iterator[list[object]]:
 
 
 def _step(name: str, folder: str) -> object:
-    steps = (make, install, install_elsewhere, install_other_source, run, run_bare)
+    steps = (make, record_block, install, install_elsewhere, install_other_source, run, run_bare)
     return {one.__name__: one for one in steps}[name](Path(folder))
 
 

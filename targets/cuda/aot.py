@@ -1,6 +1,6 @@
 """Kernels compiled ahead of time: a bundle carries them for sm_80 … sm_120, and a device starts without compiling.
 
-    launches = record_all(lambda: program(*meta_tensors))        # no GPU, nothing computed
+    launches = launches_of("graphs/cuda.00.onnx")                # no GPU, nothing computed
     for path, data in compile_all(launches): writer.add_file(path, data)
     install(bundle)                                              # on the device, before the first launch
 
@@ -28,6 +28,8 @@ from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import onnx
+import torch
 import triton
 from triton import knobs
 from triton.runtime.cache import CacheManager
@@ -37,10 +39,12 @@ from vdq_export.bundle import Bundle
 from vdq_export.errors import BundleError
 from vdq_export.targets.cuda.aot_launch import AotError, Launch, preload, record
 from vdq_export.targets.cuda.kernels._config import ARCHS, SHARED, ConfigError
+from vdq_export.targets.cuda.lower import lower
 
 FOLDER = "cuda/kernels"
 INDEX = f"{FOLDER}/index.json"
 Say = Callable[[str], None]
+MOST_JOBS = 16  # each process holds torch and Triton, some 500 MB
 
 
 def record_all(program: Callable[[], object], archs: Sequence[str] = ARCHS, say: Say | None = None) -> list[Launch]:
@@ -54,15 +58,29 @@ def record_all(program: Callable[[], object], archs: Sequence[str] = ARCHS, say:
     return found
 
 
+def launches_of(
+    model: str | Path | onnx.ModelProto,
+    *,
+    folder: str | Path | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    archs: Sequence[str] = ARCHS,
+    say: Say | None = None,
+) -> list[Launch]:
+    """The launches of a fused graph, lowered to meta tensors; model, folder, dtype as lower() takes them."""
+    program = lower(model, folder=folder, device="meta", dtype=dtype)
+    feeds = {one.name: torch.empty(one.shape, dtype=one.dtype, device="meta") for one in program.inputs}
+    return record_all(lambda: program(feeds), archs, say)
+
+
 def compile_all(
     launches: Sequence[Launch], *, jobs: int | None = None, say: Say | None = None
 ) -> Iterator[tuple[str, bytes]]:
-    """Files for a bundle, the index last. jobs: processes, one a core unless told otherwise.
+    """Files for a bundle, the index last. jobs: processes, at most one a core and MOST_JOBS.
 
     A launch that does not compile, or needs more shared memory than its device has, is said and left out.
     """
     entries = []
-    jobs = min(jobs or os.cpu_count() or 1, len(launches))
+    jobs = min(jobs or os.cpu_count() or 1, MOST_JOBS, len(launches))
     with _Workers(jobs) as workers, ThreadPoolExecutor(max(jobs, 1)) as threads:
         for launch, answer in zip(launches, threads.map(workers.compile, launches), strict=True):
             problem = answer.get("error") or _too_large(launch, answer["shared"])
