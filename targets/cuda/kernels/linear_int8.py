@@ -5,7 +5,7 @@
     then the epilogue (_epilogue.py)
 
 Sums of products are int32 and exact, the zero point's part of them too: (128 + 128)·127·K < 2^31 up to K = 66,000. Sums
-of groups become float32 one by one; those of up to 128 inputs stay below 2^22, where adding them to the bits of
+of groups become float32 one by one; those of up to 256 inputs are at most 2^22, where adding them to the bits of
 1.5·2^23 is the conversion, so the product starts at these bits and the conversion costs one subtraction.
 
 Layouts: x[M, K] and w[N, K'] row-major (K-major operands: the one form of wgmma.s32.s8.s8), y, q, residual [M, N].
@@ -16,13 +16,16 @@ PERSISTENT: as many programs as multiprocessors, each taking tile after tile in 
 the next tile are on their way while the last one's epilogue computes. Without it, a second program on the
 multiprocessor hides the epilogue, when both fit (128 x 128 tiles of 4 warps).
 
-Floor on an H100 SXM (1,979 int8 TOP/s, 3.35 TB/s), M = 32,760, bfloat16 out: 2·M·N·K / peak, bytes in brackets.
+Floor on an H100 SXM (1,979 int8 TOP/s, 3.35 TB/s) for M = 32,760: 2·M·N·K / peak, in brackets the bytes of x, w and a
+bfloat16 y / bandwidth; and, not yet measured, what is expected: the bytes that tiles read of the L2 at 6.5 TB/s (48 a
+clock and multiprocessor would be needed at the peak by 128 x 256 tiles, 64 by 128 x 128 ones; about 29 come).
 
     K x N          1536x1536     1536x8960     8960x1536     5120x5120     5120x13824    13824x5120
-    floor ms       0.078 (0.05)  0.456 (0.19)  0.456 (0.12)  0.868 (0.16)  2.343 (0.34)  2.343 (0.26)
+    floor, ms      0.078 (0.05)  0.456 (0.19)  0.456 (0.12)  0.868 (0.16)  2.343 (0.34)  2.343 (0.26)
+    expected, ms   0.2           1.1           0.9           1.7           4.5           4.5
 
-128 x 256 tiles read 48 bytes of L2 a clock and multiprocessor at that peak, more than the L2 gives (about 32): expect
-1,100 to 1,250 TOP/s from K = 5,120 on, and less at K = 1,536, where the epilogue's share of a tile is a quarter.
+Triton (to 3.9 at least) leaves only products with float32 sums in flight from step to step and waits for integer ones
+at the end of each: so steps are long, or two programs share a multiprocessor (tuned/).
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ from vdq_export.targets.cuda.kernels._weight import ALIGNMENT, Weight
 _MAGIC_BITS = tl.constexpr(0x4B400000)  # 1.5 · 2^23 as float32
 _MAGIC = tl.constexpr(12582912.0)
 _LEAST_K = 32  # inputs of one wgmma of 8-bit integers
-_EXACT_GROUP = tl.constexpr(128)  # 128 · 128 · 128 < 2^22
+_EXACT_GROUP = tl.constexpr(256)  # 256 · 128 · 128 = 2^22
 
 
 def reference(
