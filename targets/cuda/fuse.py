@@ -13,17 +13,21 @@ from vdq_export.targets.cuda import (
     fuse_normalize,
     fuse_rope,
     gather_attention,
+    quantize_early,
     rejoin,
+    rope_tokens,
     trim_table,
 )
 
 REWRITES = (
     rejoin,  # first: so that values next to each other are
+    rope_tokens,  # before attention is looked for behind it
     fuse_linear,  # the kernels that the others add to, and quantizers on their own
     fuse_low_rank,  # before the epilogue, which stands behind this sum
     gather_attention,  # before what takes one node
     fuse_attention,  # quantizers of heads on their own
     fuse_rope,  # takes them, and before norms those that only it reads
+    quantize_early,  # before kernels look for quantizers behind them
     fuse_epilogue,  # before norms: smoothing and a quantizer behind a linear belong to the linear
     fuse_normalize,  # the quantizers that are left
     fuse_low_rank_down,  # beside what stands in front of a quantizer, whole

@@ -34,7 +34,7 @@ def run(graph: Graph, context: PassContext) -> PassReport:
 def _rejoined(node: Node) -> Value | None:
     if node.op not in ("Concat", "Slice") or node.domain:
         return None
-    cuts = [_cut(made_by(part, "Slice")) for part in node.inputs] if node.op == "Concat" else [_cut(node)]
+    cuts = [cut_of(made_by(part, "Slice")) for part in node.inputs] if node.op == "Concat" else [cut_of(node)]
     if any(cut is None for cut in cuts):
         return None
     whole, axis, _, _ = cuts[0]
@@ -47,7 +47,7 @@ def _rejoined(node: Node) -> Value | None:
     return whole if joined == axis and start == whole.shape[axis] else None
 
 
-def _cut(node: Node | None) -> tuple[Value, int, int, int] | None:
+def cut_of(node: Node | None) -> tuple[Value, int, int, int] | None:
     """(what is cut, the axis, where it begins, where it ends) of a Slice along one axis in steps of 1."""
     if node is None or len(node.inputs) < 3:
         return None
