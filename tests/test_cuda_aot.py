@@ -17,6 +17,7 @@ from tests.triton_process import TritonProcess
 from vdq_export.targets.cuda import aot
 from vdq_export.targets.cuda.aot_launch import PACKAGE, AotError, Launch, preload, record
 from vdq_export.targets.cuda.kernels._config import ConfigError
+from vdq_export.work_store import WorkStore
 
 Step = Callable[[str, Path], Any]
 
@@ -141,6 +142,24 @@ def test_a_compiler_that_dies_and_one_that_asks_too_much(monkeypatch: pytest.Mon
     launches = [Launch(f"{PACKAGE}rope:_kernel", arch, "{}") for arch in ("sm_89", "sm_90")]
     assert [path for path, _ in aot.compile_all(launches, jobs=1, say=said.append)] == [aot.INDEX]
     assert "ended with -11" in said[0] and "1000000 bytes of shared memory of 232448" in said[1]
+
+
+def test_what_was_compiled_before_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiled = {
+        "key": "K",
+        "name": "a.json",
+        "shared": 0,
+        "seconds": 1.0,
+        "files": {"a.json": "e30=", "a.cubin": "AAAA"},
+    }
+    answers = iter([{"error": "the compiler ended with -9"}, compiled])
+    monkeypatch.setattr(aot, "_start", lambda: _Dead())
+    monkeypatch.setattr(aot._Workers, "compile", lambda self, launch: next(answers))
+    launches = [Launch(f"{PACKAGE}rope:_kernel", "sm_90", "{}")]
+    with WorkStore(tmp_path) as store:
+        told = [[path for path, _ in aot.compile_all(launches, jobs=1, store=store)] for _ in range(3)]
+    folder = f"{aot.FOLDER}/sm_90/K"
+    assert told == [[aot.INDEX], *2 * [[f"{folder}/a.cubin", f"{folder}/a.json", aot.INDEX]]]
 
 
 def test_an_architecture_without_a_kernel_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

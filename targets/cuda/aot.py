@@ -23,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -35,11 +36,13 @@ from triton import knobs
 from triton.runtime.cache import CacheManager
 from triton.runtime.driver import driver
 
+from vdq_export import work_store
 from vdq_export.bundle import Bundle
 from vdq_export.errors import BundleError
 from vdq_export.targets.cuda.aot_launch import AotError, Launch, preload, record
 from vdq_export.targets.cuda.kernels._config import ARCHS, SHARED, ConfigError
 from vdq_export.targets.cuda.lower import lower
+from vdq_export.work_store import WorkStore
 
 FOLDER = "cuda/kernels"
 INDEX = f"{FOLDER}/index.json"
@@ -73,16 +76,17 @@ def launches_of(
 
 
 def compile_all(
-    launches: Sequence[Launch], *, jobs: int | None = None, say: Say | None = None
+    launches: Sequence[Launch], *, jobs: int | None = None, say: Say | None = None, store: WorkStore | None = None
 ) -> Iterator[tuple[str, bytes]]:
-    """Files for a bundle, the index last. jobs: processes, at most one a core and MOST_JOBS.
+    """Files for a bundle, the index last. jobs: processes, at most one a core and MOST_JOBS. store: of finished work.
 
     A launch that does not compile, or needs more shared memory than its device has, is said and left out.
     """
     entries = []
     jobs = min(jobs or os.cpu_count() or 1, MOST_JOBS, len(launches))
     with _Workers(jobs) as workers, ThreadPoolExecutor(max(jobs, 1)) as threads:
-        for launch, answer in zip(launches, threads.map(workers.compile, launches), strict=True):
+        answers = threads.map(partial(_compiled, workers, store), launches)
+        for launch, answer in zip(launches, answers, strict=True):
             problem = answer.get("error") or _too_large(launch, answer["shared"])
             if problem:
                 _tell(say, f"{launch.name} for {launch.arch} is compiled where it runs: {problem}")
@@ -115,6 +119,17 @@ def install(bundle: Bundle, say: Say | None = None) -> int:
             taken += _take(bundle, entry)
     _tell(say, f"{taken} kernels for {arch} from the bundle")
     return taken
+
+
+def _compiled(workers: _Workers, store: WorkStore | None, launch: Launch) -> dict[str, Any]:
+    key = "" if store is None else work_store.key("kernel", launch, triton.__version__)
+    kept = None if store is None else store.get(key)
+    if kept is not None:
+        return {**work_store.decode(kept, dict), "seconds": 0.0}
+    answer = workers.compile(launch)
+    if store is not None and "error" not in answer:
+        store.put(key, work_store.encode(answer))
+    return answer
 
 
 def _take(bundle: Bundle, entry: Mapping[str, Any]) -> bool:
