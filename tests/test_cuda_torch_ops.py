@@ -245,9 +245,8 @@ def compare(case: Case, *, folded: bool = False) -> None:
     program = lower(model, dtype=torch.float32)
     found = program({name: torch.from_numpy(array) for name, array in feeds.items()})
     for port, want in zip(program.outputs, expected, strict=True):
-        got = found[port.name]
-        assert (tuple(got.shape), got.dtype) == (want.shape, port.dtype)
-        got, want = _comparable(got), want.astype(np.float64)
+        assert (tuple(found[port.name].shape), found[port.name].dtype) == (want.shape, port.dtype)
+        got, want = _comparable(found[port.name]), want.astype(np.float64)
         np.testing.assert_allclose(got, want, rtol=0, atol=NEAR * max(np.abs(want).max(initial=0), 1e-30))
 
 

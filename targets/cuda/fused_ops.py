@@ -7,6 +7,7 @@ a head, and stay on the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -24,7 +25,7 @@ COMPUTE = {  # operands that have the compute type when they are floats; others 
     "Linear": ("x", "low", "up"), "Normalize": ("down",), "Attention": ("q", "k", "v"),
 }  # fmt: skip
 VECTORS = {  # operands of one axis, whatever axes of one element the graph gives them
-    "Linear": ("bias", "post"), "Normalize": ("weight", "bias", "smooth", "post"), "Rope": ("weight", "out_scale"),
+    "Linear": ("bias", "post"), "Normalize": ("weight", "bias", "smooth", "post"), "Rope": ("weight", "bias", "out_scale"),
     "Attention": ("q_scale", "k_scale", "v_scale"),
 }  # fmt: skip
 TABLES = {"Rope": ("cos", "sin")}  # [tokens, channels]
@@ -146,4 +147,4 @@ def _codes(x: Tensor) -> Tensor:
     return (x.to(torch.int16) - 128).to(torch.int8) if x.dtype == torch.uint8 else x
 
 
-CALLS = {"Linear": linear, "Normalize": normalize, "Rope": rope, "Attention": attention}
+CALLS: dict[str, Callable[..., Any]] = {"Linear": linear, "Normalize": normalize, "Rope": rope, "Attention": attention}

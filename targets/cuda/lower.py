@@ -30,6 +30,7 @@ from vdq_export.targets.cuda.precision import Precision
 from vdq_export.targets.cuda.program import Program
 from vdq_export.targets.cuda.rules import RULES, Kind, Rule
 
+__all__ = ["UnknownOperatorError", "lower"]
 Change = Callable[[Tensor], Tensor]
 
 
@@ -180,7 +181,7 @@ class _Lowering:
         known = {self._types[name] for name in op.inputs if name in self._types}
         if rule.kind in (Kind.MATRIX, Kind.MOVE):
             return self._wanted(op, rule) or torch.float32
-        if rule.kind in (Kind.ELEMENTWISE, Kind.NORM) and known == {self._dtype}:
+        if rule.kind in (Kind.ELEMENTWISE, Kind.NORM) and known <= {self._dtype}:
             return self._dtype if self._result_type(op) == self._dtype else torch.float32
         return torch.float32
 

@@ -137,8 +137,8 @@ class Precision:
         if torch.float64 in known:
             return dict.fromkeys(op.outputs, torch.float64)
         wide = op.outputs[0] in self.wanted or kind == Kind.REDUCE
-        if kind in _PLAIN and known:
-            wide |= all(one == torch.float32 for one in known)
+        if kind in _PLAIN:
+            wide |= all(one == torch.float32 for one in known) if known else self._is_small(op)
         return dict.fromkeys(op.outputs, torch.float32 if wide else self._dtype)
 
     def _floats_of_constants(self, op: Op) -> bool:

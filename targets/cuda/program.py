@@ -83,7 +83,8 @@ class _Captured:
             one.name: torch.zeros(one.shape, dtype=one.dtype, device=program.device) for one in program.inputs
         }
         given = list(self._given.values())
-        side = torch.cuda.Stream()
+        cuda: Any = torch.cuda
+        side = cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # kernels are compiled, tuned and loaded here: none of that can be captured
             for _ in range(WARM_UPS):

@@ -47,8 +47,10 @@ class Rule:
     exact: bool = False
 
 
-def _all(kind: Kind, scalars: tuple[int, ...] = (), **functions: Callable[..., Any]) -> dict[str, Rule]:
-    return {name: Rule(run, kind, scalars=scalars) for name, run in functions.items()}
+def _all(
+    kind: Kind, scalars: tuple[int, ...] = (), static: tuple[int, ...] = (), **functions: Callable[..., Any]
+) -> dict[str, Rule]:
+    return {name: Rule(run, kind, static, scalars) for name, run in functions.items()}
 
 
 _AXES = {
@@ -77,10 +79,8 @@ RULES: dict[str, Rule] = {
            GatherElements=ops.gather_elements, GatherND=ops.gather_nd, ScatterElements=ops.scatter_elements,
            ScatterND=ops.scatter_nd, SpaceToDepth=ops.space_to_depth, Transpose=ops.transpose, Identity=ops.identity),
     "Gather": Rule(ops.gather, Kind.MOVE, scalars=(1,)),
-    **{name: Rule(run, Kind.MOVE, static=(1,)) for name, run in {
-        "Reshape": ops.reshape, "Unsqueeze": ops.unsqueeze, "Squeeze": ops.squeeze, "Split": ops.split,
-        "Expand": ops.expand, "Tile": ops.tile, "Trilu": ops.trilu,
-    }.items()},
+    **_all(Kind.MOVE, static=(1,), Reshape=ops.reshape, Unsqueeze=ops.unsqueeze, Squeeze=ops.squeeze, Split=ops.split,
+           Expand=ops.expand, Tile=ops.tile, Trilu=ops.trilu),
     "Slice": Rule(ops.slice_, Kind.MOVE, static=(1, 2, 3, 4)),
     "Pad": Rule(ops.pad, Kind.MOVE, static=(1, 2, 3)),
     "ConstantOfShape": Rule(ops.constant_of_shape, Kind.MOVE, static=(0,)),

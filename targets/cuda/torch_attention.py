@@ -14,7 +14,7 @@ from vdq_export.errors import CompileError
 
 def heads_apart(x: Tensor, heads: int) -> Tensor:
     """[B, S, H·D] -> [B, H, S, D], a view; four axes stay."""
-    return x if x.ndim == 4 else x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x if x.ndim == 4 else x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def multi_head(
@@ -24,7 +24,8 @@ def multi_head(
 ) -> Tensor:  # fmt: skip
     """com.microsoft.MultiHeadAttention: query[B, S, H·D], key and value [B, T, H·D] or [B, H, T, D] -> [B, S, H·D]."""
     if bias is not None:
-        parts = bias.split([query.shape[-1], query.shape[-1], bias.numel() - 2 * query.shape[-1]])
+        width = query.shape[-1]
+        parts = torch.split(bias, [width, width, bias.numel() - 2 * width])
         query, key, value = query + parts[0], key + parts[1], value + parts[2]
     q, k, v = (heads_apart(one, num_heads) for one in (query, key, value))
     mask = None if attention_bias is None else attention_bias.to(q.dtype)
@@ -60,7 +61,7 @@ def rotary(
     merged = x.ndim == 3
     if merged:
         width = x.shape[-1] // num_heads if num_heads else 2 * cos.shape[-1]
-        x = x.unflatten(-1, (-1, width)).transpose(1, 2)
+        x = x.view(*x.shape[:-1], -1, width).transpose(1, 2)
     tokens = x.shape[2]
     if isinstance(positions, Tensor) and positions.numel() == x.shape[0] * tokens and positions.ndim == 2:
         cos, sin = (table[positions].unsqueeze(1) for table in (cos, sin))

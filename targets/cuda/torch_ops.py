@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -179,7 +180,7 @@ def scatter_elements(x: Tensor, indices: Tensor, updates: Tensor, *, axis: int =
 
 
 def expand(x: Tensor, shape: Shape) -> Tensor:
-    return x.expand(torch.broadcast_shapes(x.shape, tuple(shape)))
+    return x.expand(np.broadcast_shapes(x.shape, tuple(shape)))
 
 
 def tile(x: Tensor, repeats: Shape) -> Tensor:
@@ -271,7 +272,7 @@ def reduce_sum_square(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
 
 
 def reduce_l2(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
-    return torch.linalg.vector_norm(x, 2, axes, keep)
+    return (x * x).sum(axes, keep).sqrt()
 
 
 def reduce_l1(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
@@ -329,12 +330,13 @@ def conv(
     else:
         around = zip(pads[:rank], pads[rank:], strict=True)
         x, padding = F.pad(x, [size for pair in reversed(list(around)) for size in pair]), [0] * rank
-    run = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[rank]
+    run: Callable[..., Tensor] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[rank]
     return run(x, weight, bias, tuple(strides or (1,) * rank), padding, tuple(dilations or (1,) * rank), group)
 
 
 def einsum(*values: Tensor, equation: str) -> Tensor:
-    return torch.einsum(equation, *values)
+    found: Tensor = torch.einsum(equation, *values)
+    return found
 
 
 # -- norms -----------------------------------------------------------------------------------------------------------
