@@ -27,9 +27,9 @@ REWRITES = (
     gather_attention,  # before what takes one node
     fuse_attention,  # quantizers of heads on their own
     fuse_rope,  # takes them, and before norms those that only it reads
-    quantize_early,  # before kernels look for quantizers behind them
     fuse_epilogue,  # before norms: smoothing and a quantizer behind a linear belong to the linear
     fuse_normalize,  # the quantizers that are left
+    quantize_early,  # behind rotations and other steps that end with a move
     fuse_low_rank_down,  # beside what stands in front of a quantizer, whole
     trim_table,  # last: what all of them left over
 )

@@ -20,7 +20,7 @@ from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value, is_constant
 from vdq_export.match import made_by, other_input
 from vdq_export.targets.cuda._fused import add, next_node, remove, result
-from vdq_export.targets.cuda.quantizers import Quantizer, code_type, codes_of, read
+from vdq_export.targets.cuda.quantizers import Quantizer, code_type, codes_of, read, type_name
 
 NAME = "fuse_linear"
 Key = tuple[int | str | bytes, ...]  # of a quantizer: the value and the numbers
@@ -50,8 +50,8 @@ def run(graph: Graph, context: PassContext) -> PassReport:
 def _weight(node: Node) -> str:
     """Why no kernel takes this weight; empty where one does."""
     values, scale = node.inputs[0], node.inputs[1]
-    if np.dtype(values.dtype).name not in _WEIGHTS or len(values.shape) != 2 or not is_constant(scale):
-        return f"no kernel for a weight of {np.dtype(values.dtype).name} and rank {len(values.shape)}"
+    if type_name(values) not in _WEIGHTS or len(values.shape) != 2 or not is_constant(scale):
+        return f"no kernel for a weight of {type_name(values)} and rank {len(values.shape)}"
     if len(node.inputs) > 2 and np.asarray(node.inputs[2].values).astype(np.float32).any():
         return "the weight has zero points"
     (k, n), group, axis = values.shape, int(node.attrs.get("block_size", 0)), int(node.attrs.get("axis", 1)) % 2
@@ -73,7 +73,7 @@ def _product(node: Node) -> str:
 
 def _fuse(graph: Graph, node: Node, weight: Node, codes: dict[Key, tuple[Value, Quantizer]]) -> str:
     path, values, kind = node.name.rpartition("/")[0] or node.name, weight.inputs[0], ""
-    weight_type = _WEIGHTS[np.dtype(values.dtype).name]
+    weight_type = _WEIGHTS[type_name(values)]
     x: tuple[Value, Quantizer | None] = (node.inputs[0], None)
     quantize = codes_of(node.inputs[0])
     if quantize is not None:

@@ -23,7 +23,7 @@ from vdq_export.graph import Graph, Node, Value, absent
 from vdq_export.match import other_input, readers, scalar, sole_reader
 from vdq_export.targets.cuda._fused import next_node, remove
 from vdq_export.targets.cuda._layouts import reshaped, tokens
-from vdq_export.targets.cuda.quantizers import codes_of, in_table, numbers
+from vdq_export.targets.cuda.quantizers import code_type, codes_of, in_table, numbers, read
 
 NAME = "gather_attention"
 _QUERIES, _KEYS = (0, 2, 1, 3), (0, 2, 3, 1)  # of [B, tokens, H, D]: what the products read
@@ -118,15 +118,15 @@ def _gather(graph: Graph, found: _Written) -> None:
 def _operand(graph: Graph, value: Value, perm: tuple[int, ...], *, peel: bool) -> tuple[Value, float]:
     """(q, k or v as [B, tokens, H·D], what it is to be multiplied with), quantized as it was."""
     quantize = codes_of(value)
-    scales = numbers(quantize.inputs[1]) if quantize is not None else None
-    if quantize is None or scales is None or quantize.attrs.get("axis", 1) != 1 or scales.shape[1] != value.shape[1]:
+    how = read(graph, quantize) if quantize is not None else ""
+    scales = None if isinstance(how, str) or how.zero is not None or how.axis != 1 else numbers(how.scale)
+    if isinstance(how, str) or scales is None or scales.shape[1] != value.shape[1]:
         return tokens(graph, value, perm, peel=peel)
-    x, factor = tokens(graph, quantize.inputs[0], perm, peel=peel)
+    x, factor = tokens(graph, how.value, perm, peel=peel)
     channels = np.repeat(scales / np.float32(abs(factor)), x.shape[2] // scales.shape[1], axis=1)
-    dtype = quantize.outputs[0].dtype
-    name = graph.fresh(f"{quantize.name}/Tokens")
+    name, dtype = graph.fresh(f"{quantize.name}/Tokens"), code_type(how.dtype)
     zeros = graph.constant(graph.fresh(f"{name}.zero_point"), np.zeros(x.shape[2], dtype))
-    parameters = [in_table(graph, quantize.inputs[1], channels), zeros]
+    parameters = [in_table(graph, how.scale, channels), zeros]
     q = graph.add_node("QuantizeLinear", [x, *parameters], name, dtype=dtype, shape=x.shape, attrs={"axis": 2})
     name = graph.fresh(f"{name}/Back")
     back = graph.add_node("DequantizeLinear", [q, *parameters], name, dtype=x.dtype, shape=x.shape, attrs={"axis": 2})

@@ -3,8 +3,8 @@
     Normalize(Reshape, Transpose, Squeeze or Unsqueeze(x)) that only quantizes   ->  the same move of Normalize(x)
     Normalize(Concat(x, y, …)) that only quantizes                               ->  Concat of Normalize(x), of y, …
 
-Exact: one scale for all numbers, wherever they lie. Codes are a fourth of a float32, and a kernel in front may now give
-them itself. Only where nobody else reads what was moved.
+Exact: one scale for all numbers, wherever they lie. Codes are a fourth of a float32, and a kernel in front gives them
+itself. Only where nobody else reads what was moved.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node
 from vdq_export.match import made_by, readers
-from vdq_export.targets.cuda._fused import add, is_output, operand, remove, result
-from vdq_export.targets.cuda._steps import only_quantizes
+from vdq_export.targets.cuda._fused import add, fused_by, is_output, operand, remove, result
+from vdq_export.targets.cuda._steps import only_quantizes, take_quantizer
 
 NAME = "quantize_early"
 _MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Concat")
@@ -25,8 +25,10 @@ def run(graph: Graph, context: PassContext) -> PassReport:
     while waiting:
         node = waiting.pop()
         value = node.inputs[0]
-        move = made_by(value, *_MOVES)
-        if move is not None and not move.domain and len(readers(value)) == 1 and not is_output(graph, value):
+        move, kernel = made_by(value, *_MOVES), fused_by(value, "Linear", "Attention", "Normalize")
+        if kernel is not None and take_quantizer(graph, kernel):
+            report.did(kernel.name)
+        elif move is not None and not move.domain and len(readers(value)) == 1 and not is_output(graph, value):
             waiting += _swap(graph, node, move)
             report.did(move.name)
     graph.cleanup()

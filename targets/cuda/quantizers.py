@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
+from onnx import helper
 
 from vdq_export.graph import Array, Graph, Node, Value, is_constant
 from vdq_export.match import made_by, readers, scalar
@@ -50,6 +51,12 @@ class Quantizer:
         """What is the same for two quantizers with the same numbers in every bin."""
         held = [numbers(one) for one in (self.scale, self.zero) if one is not None]
         return (*(b"" if one is None else one.tobytes() for one in held), self.low, self.high, self.dtype)
+
+
+def type_name(value: Value) -> str:
+    """numpy's name of a value's type; of those that numpy has not itself, graphsurgeon gives ONNX's number."""
+    known = value.dtype
+    return np.dtype(helper.tensor_dtype_to_np_dtype(known) if isinstance(known, int) else known).name
 
 
 def code_type(dtype: str) -> np.dtype:
@@ -89,11 +96,12 @@ def in_table(graph: Graph, like: Value, entries: Array) -> Value:
 def read(graph: Graph, node: Node) -> Quantizer | str:
     """What a Quantize- or DequantizeLinear does, or why no kernel does it."""
     q = node.outputs[0] if node.op == "QuantizeLinear" else node.inputs[0]
-    dtype = _TYPES.get(np.dtype(q.dtype).name)
+    stored = type_name(q)
+    dtype = _TYPES.get(stored)
     if dtype is None:
-        return f"{np.dtype(q.dtype).name} is no type of codes"
+        return f"{stored} is no type of codes"
     scale = node.inputs[1]
-    scales, zero = numbers(scale), _zero(graph, node, np.dtype(q.dtype).name)
+    scales, zero = numbers(scale), _zero(graph, node, stored)
     if scales is None or isinstance(zero, str):
         return zero if isinstance(zero, str) else f"{scale.name} is neither a constant nor a bin's number"
     axis = int(node.attrs.get("axis", 1)) if prod(scale.shape) > 1 else None
