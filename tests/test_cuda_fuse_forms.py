@@ -1,108 +1,23 @@
-"""The fusing rewrites on graphs of a few nodes: forms that one family's blocks do not have, and their limits."""
+"""The fusing rewrites on graphs of a few nodes: quantizers, linears, norms and rotations, and their limits."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from tests import cuda_reference
+from tests.cuda_forms import EXACT, B, C, T, built, feeds, fused, kinds, linear, only, quantized, skips
 from tests.graphs import Builder, transformer
 from vdq_export import ort
-from vdq_export.contract import PassReport
-from vdq_export.graph import Array, Graph, Node
+from vdq_export.graph import Array, Graph
 from vdq_export.hadamard import matrix
 from vdq_export.metrics import sqnr_db
 from vdq_export.targets.cuda import fuse
 from vdq_export.targets.cuda._fused import operand
 from vdq_export.targets.cuda.merge import merge
-
-EXACT = 115.0  # dB; see test_cuda_fuse
-B, T, C, H = 2, 6, 32, 2
-
-
-Shapes = Mapping[str, Sequence[int]]
-
-
-def built(make: Builder, outputs: Shapes, info: Shapes | None = None) -> Graph:
-    """The graph of x[B, T, C] and mod[B, 1, C]. info: shapes that onnx does not infer."""
-
-    def described(shapes: Shapes) -> list[onnx.ValueInfoProto]:
-        return [helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape)) for name, shape in shapes.items()]
-
-    inputs = {"x": (B, T, C), "mod": (B, 1, C)}
-    graph = helper.make_graph(
-        make.nodes, "g", described(inputs), described(outputs), make.params, value_info=described(info or {})
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    return Graph.from_proto(onnx.shape_inference.infer_shapes(model))
-
-
-def feeds() -> dict[str, Array]:
-    random = np.random.default_rng(7)
-    return {name: random.normal(size=s).astype(np.float32) for name, s in (("x", (B, T, C)), ("mod", (B, 1, C)))}
-
-
-def quantized(
-    make: Builder, x: str, name: str, scale: float = 0.03, zero: int = 120, kind: str = "uint8", levels: int = 0
-) -> str:
-    """DequantizeLinear(QuantizeLinear(x)), behind a Clip where there are fewer levels."""
-    if levels:
-        ends = [np.float32(scale) * np.float32(n - zero) for n in (0, levels - 1)]
-        limits = [make.param(f"{name}.{end}", value) for end, value in zip(("low", "high"), ends, strict=True)]
-        x = make.op("Clip", x, *limits, name=f"{name}/Clip")
-    given = make.param(f"{name}.scale", scale), make.param(f"{name}.zero", zero, kind)
-    return make.op(
-        "DequantizeLinear", make.op("QuantizeLinear", x, *given, name=f"{name}/Q"), *given, name=f"{name}/DQ"
-    )
-
-
-def linear(make: Builder, x: str, name: str, k: int = C, n: int = C, bias: bool = True, kind: Any = np.int8) -> str:
-    codes = make.param(f"{name}.codes", make.random.integers(-100, 100, (k, n)), kind)
-    scales = make.param(f"{name}.scales", make.random.uniform(1e-3, 2e-3, n))
-    weight = make.op("DequantizeLinear", codes, scales, name=f"{name}/Weight", axis=1)
-    y = make.op("MatMul", x, weight, name=f"{name}/MatMul")
-    return make.op("Add", y, make.weight(f"{name}.bias", n), name=f"{name}/Add") if bias else y
-
-
-def fused(graph: Graph, varied: Sequence[str] = ()) -> tuple[Graph, dict[str, PassReport]]:
-    """The graph with all rewrites done; it computes what it did, and twice is once. varied: constants of the bins."""
-    expected = ort.run(graph, feeds(), exact=True)
-    constants = {one.name: np.asarray(one.values) for one in graph.constants() if one.name in varied}
-    merged = merge(graph, [constants])
-    reports = {report.name: report for report in fuse.run(merged)}
-    before = merged.hash()
-    assert not any(report.applied for report in fuse.run(merged))
-    assert merged.hash() == before
-    given = feeds() | ({"bin": np.array([0])} if any(one.name == "bin" for one in merged.gs.inputs) else {})
-    got = cuda_reference.run(
-        merged.to_proto(), {k: v for k, v in given.items() if k in {i.name for i in merged.gs.inputs}}
-    )
-    assert got.keys() == expected.keys()
-    assert min(sqnr_db(expected[name], got[name]) for name in got) > EXACT
-    return merged, reports
-
-
-def kinds(graph: Graph) -> dict[str, int]:
-    """Operators but the bin's numbers."""
-    return dict(Counter(node.op for node in graph.nodes if node.op not in ("Row", "Pick")))
-
-
-def only(graph: Graph, op: str) -> Node:
-    (node,) = [node for node in graph.nodes if node.op == op]
-    return node
-
-
-def skips(reports: Mapping[str, PassReport]) -> str:
-    return "; ".join(skip.why for report in reports.values() for skip in report.skipped)
-
 
 # -- quantizers ------------------------------------------------------------------------------------------------------
 
@@ -308,167 +223,6 @@ def test_a_norm_over_another_axis_stays() -> None:
     y = make.op("LayerNormalization", "x", make.weight("w", T, C), name="norm", axis=1)
     graph, _ = fused(built(make, {y: (B, T, C)}))
     assert kinds(graph) == {"LayerNormalization": 1}
-
-
-# -- attention -------------------------------------------------------------------------------------------------------
-
-
-def heads(make: Builder, x: str, name: str, keys: bool = False) -> str:
-    y = make.op("Reshape", x, make.param(f"{name}.shape", [B, T, H, C // H], "int64"), name=f"{name}/Reshape")
-    return make.op("Transpose", y, name=name, perm=[0, 2, 3, 1] if keys else [0, 2, 1, 3])
-
-
-def attention(make: Builder, q: str, k: str, v: str, mask: str = "", nan: bool = False, merged: bool = True) -> str:
-    scores = make.op("MatMul", q, k, name="attn/MatMul")
-    scores = make.op("Mul", scores, make.param("attn.scale", 0.3), name="attn/Mul")
-    scores = make.op("Add", scores, mask, name="attn/Add") if mask else scores
-    p = make.op("Softmax", scores, name="attn/Softmax", axis=-1)
-    if nan:
-        zero = make.param("attn.zero", 0.0)
-        p = make.op("Where", make.op("IsNaN", p, name="attn/IsNaN"), zero, p, name="attn/Where")
-    y = make.op("MatMul", p, v, name="attn/MatMul_1")
-    if not merged:
-        return y
-    y = make.op("Transpose", y, name="attn/Transpose", perm=[0, 2, 1, 3])
-    return make.op("Reshape", y, make.param("attn.merged", [B, T, C], "int64"), name="attn/Reshape")
-
-
-@pytest.mark.parametrize("nan", [False, True])
-@pytest.mark.parametrize("mask", [(), (B, 1, 1, T), (1, H, T, T)])
-def test_attention_that_is_written_out(mask: tuple[int, ...], nan: bool) -> None:
-    make = Builder()
-    values = make.random.normal(size=mask)
-    bias = make.param("mask", np.where(values > 1, -np.inf, values)) if mask else ""
-    y = attention(make, heads(make, "x", "q"), heads(make, "x", "k", keys=True), heads(make, "x", "v"), bias, nan)
-    graph, _ = fused(built(make, {linear(make, quantized(make, y, "in"), "a"): (B, T, C)}))
-    assert kinds(graph) == {"Attention": 1, "Linear": 1}
-    node = only(graph, "Attention")
-    assert (operand(node, "mask") is None) == (not mask)
-    assert [value.name for value in node.inputs[:3]] == ["x", "x", "x"], "in front of the layout"
-    assert node.attrs["scale"] == pytest.approx(0.3)
-
-
-def test_an_unknown_layout_is_laid_back() -> None:
-    make = Builder()
-    q = make.op("Tanh", heads(make, "x", "q"), name="q/Tanh")
-    k = make.op("Tanh", heads(make, "x", "k", keys=True), name="k/Tanh")
-    y = attention(make, q, k, heads(make, "x", "v"), merged=False)
-    graph, _ = fused(built(make, {y: (B, H, T, C // H)}))
-    assert kinds(graph)["Attention"] == 1
-    assert "Softmax" not in kinds(graph)
-
-
-def test_constants_in_front_of_the_scores_are_its_scale() -> None:
-    make = Builder()
-    q = make.op("Mul", heads(make, "x", "q"), make.param("half", 0.5), name="q/Mul")
-    y = attention(make, q, heads(make, "x", "k", keys=True), heads(make, "x", "v"))
-    graph, _ = fused(built(make, {y: (B, T, C)}))
-    assert kinds(graph) == {"Attention": 1}
-    assert only(graph, "Attention").attrs["scale"] == pytest.approx(0.15)
-
-
-@pytest.mark.parametrize("factor", [1.0, 0.5, -0.5])
-def test_quantized_operands_of_attention_that_is_written_out(factor: float) -> None:
-    make = Builder()
-
-    def coded(value: str, name: str, scales: list[float], kind: Any = "int8") -> str:
-        given = make.param(f"{name}.s", scales), make.param(f"{name}.z", np.zeros(H), kind)
-        q = make.op("QuantizeLinear", value, *given, name=f"{name}/Q", axis=1)
-        return make.op("DequantizeLinear", q, *given, name=f"{name}/DQ", axis=1)
-
-    q = make.op("Mul", heads(make, "x", "q"), make.param("factor", factor), name="q/Mul")
-    k = coded(heads(make, "x", "k", keys=True), "k", [0.02, 0.03])
-    v = coded(heads(make, "x", "v"), "v", [0.01, 0.02], ml_dtypes.float8_e4m3fn)
-    y = attention(make, coded(q, "q", [0.01, 0.02]), k, v)
-    graph, _ = fused(built(make, {y: (B, T, C)}))
-    assert kinds(graph) == {"Rope": 3, "Attention": 1}
-    node = only(graph, "Attention")
-    assert [np.dtype(value.dtype).name for value in node.inputs[:3]] == ["int8", "int8", "float8_e4m3fn"]
-    assert operand(node, "q_scale").shape == [H]
-
-
-def test_one_scale_a_head_is_wanted() -> None:
-    make = Builder()
-    info = {"attn": (B, T, C)}
-    scales = np.linspace(0.01, 0.02, C)
-    given = make.param("s", scales), make.param("z", np.zeros(C), "int8")
-    q = make.op("QuantizeLinear", "x", *given, name="Q", axis=2)
-    q = make.op("DequantizeLinear", q, *given, name="DQ", axis=2)
-    make.op("MultiHeadAttention", q, q, "x", name="attn", num_heads=H, domain="com.microsoft")
-    graph, reports = fused(built(make, {make.op("Neg", "attn", name="y"): (B, T, C)}, info))
-    assert kinds(graph)["QuantizeLinear"] == 1
-    assert "different scales" in skips(reports)
-
-
-# -- rotary embeddings and what moves tokens -------------------------------------------------------------------------
-
-
-def cut(make: Builder, x: str, begin: int, end: int, name: str) -> str:
-    ends = [make.param(f"{name}.{what}", [n], "int64") for what, n in (("from", begin), ("to", end), ("axis", 1))]
-    return make.op("Slice", x, *ends, name=name)
-
-
-def embedded(make: Builder, x: str, count: int, name: str) -> str:
-    angles = np.random.default_rng(count).normal(size=(count, C // H // 2))
-    tables = [make.param(f"{name}.{f.__name__}", f(angles)) for f in (np.cos, np.sin)]
-    offset = make.param(f"{name}.offset", [0], "int64")
-    return make.op("RotaryEmbedding", x, offset, *tables, name=name, domain="com.microsoft", interleaved=1)
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_an_embedding_of_some_tokens(first: bool) -> None:
-    make = Builder()
-    ends = ((0, 4), (4, T)) if first else ((2, T), (0, 2))
-    turned = embedded(make, cut(make, "x", *ends[0], "video"), 4, "rope")
-    parts = [turned, cut(make, "x", *ends[1], "text")]
-    y = make.op("Concat", *(parts if first else parts[::-1]), name="all", axis=1)
-    graph, _ = fused(built(make, {make.op("Neg", y, name="y"): (B, T, C)}, {"rope": (B, 4, C)}))
-    assert kinds(graph) == {"Rope": 1, "Neg": 1}
-    assert operand(only(graph, "Rope"), "cos").shape == (T, C // H // 2)
-
-
-def test_equal_angles_are_held_once() -> None:
-    make = Builder()
-    y = make.op("Add", embedded(make, "x", T, "q"), embedded(make, "x", T, "k"), name="sum")
-    other = make.op("Neg", embedded(make, cut(make, "x", 0, 4, "cut"), 4, "other"), name="neg")
-    info = {"q": (B, T, C), "k": (B, T, C), "other": (B, 4, C)}
-    graph, _ = fused(built(make, {y: (B, T, C), other: (B, 4, C)}, info))
-    tables = {id(operand(node, "cos")) for node in graph.nodes if node.op == "Rope"}
-    assert (kinds(graph)["Rope"], len(tables)) == (3, 2)
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_what_is_cut_and_rejoined(whole: bool) -> None:
-    make = Builder()
-    parts = [
-        cut(make, "x", 0, 2, "one"),
-        cut(make, "x", 2, 4, "two"),
-        cut(make, "x", 4, T if whole else T - 1, "three"),
-    ]
-    y = make.op("Neg", make.op("Concat", *parts, name="again", axis=1), name="y")
-    graph, _ = fused(built(make, {y: (B, T if whole else T - 1, C)}))
-    assert ("Concat" in kinds(graph)) != whole
-
-
-def test_quantizers_in_front_of_what_moves() -> None:
-    make = Builder()
-    x = quantized(make, "x", "in")
-    parts = [make.op("Gelu", linear(make, x, name), name=f"{name}/Gelu") for name in "ab"]
-    y = make.op("Concat", *parts, name="both", axis=2)
-    y = make.op("Reshape", y, make.param("shape", [B * T, 2 * C], "int64"), name="rows")
-    graph, _ = fused(built(make, {linear(make, quantized(make, y, "mid"), "c", 2 * C): (B * T, C)}))
-    assert kinds(graph) == {"Normalize": 1, "Linear": 3, "Concat": 1, "Reshape": 1}
-    assert all(node.inputs[0].dtype == np.int8 for node in graph.nodes if node.op in ("Concat", "Reshape"))
-
-
-def test_the_table_holds_what_is_read() -> None:
-    make = Builder()
-    y = linear(make, quantized(make, "x", "in", scale=0.2, zero=8, levels=16), "a")
-    graph, reports = fused(built(make, {y: (B, T, C)}), ["in.low", "in.high"])
-    row = only(graph, "Row")
-    assert row.inputs[0].values.shape == (1, 8), "a scale and a zero point, each on 16 bytes"
-    assert row.outputs[0].shape == [8]
-    assert reports["trim_table"].applied == 1
 
 
 # -- graphs that none of this concerns -------------------------------------------------------------------------------
