@@ -25,8 +25,8 @@ COMPUTE = {  # operands that have the compute type when they are floats; others 
     "Linear": ("x", "low", "up"), "Normalize": ("down",), "Attention": ("q", "k", "v"),
 }  # fmt: skip
 VECTORS = {  # operands of one axis, whatever axes of one element the graph gives them
-    "Linear": ("bias", "post"), "Normalize": ("weight", "bias", "smooth", "post"), "Rope": ("weight", "bias", "out_scale"),
-    "Attention": ("q_scale", "k_scale", "v_scale"),
+    "Linear": ("bias", "post"), "Normalize": ("weight", "bias", "smooth", "post"),
+    "Rope": ("weight", "bias", "out_scale"), "Attention": ("q_scale", "k_scale", "v_scale"),
 }  # fmt: skip
 TABLES = {"Rope": ("cos", "sin")}  # [tokens, channels]
 HINT = "pip install 'vdq-export[cuda]'"
