@@ -4,8 +4,8 @@
 
 Hopper's tensor cores keep about 14 bits of an FP8 sum (DeepSeek-V3, arXiv 2412.19437, 3.3.2), which over thousands of
 inputs costs more than float32 would. So they add up BLOCK_K inputs at a time, and those sums are added in float32
-registers: one addition for BLOCK_K = 128 products, 1 / 128 of a cycle against 128 / 4096. (On other architectures Triton
-makes the addition part of the instruction, which then adds up all inputs.)
+registers: one addition for BLOCK_K = 128 products, 1 / 128 of a cycle against 128 / 4096. (On other architectures
+Triton makes the addition part of the instruction, which then adds up all inputs.)
 
 Ampere has no FP8, not even as a type. There the bytes are read as such and turned into float16 by two shifts, exactly:
 
