@@ -226,7 +226,10 @@ def test_few_levels() -> None:
     check(normal(4, 33), full(33, quant=codes(-120.0, -128, -113, 0.4)))
 
 
-def test_float8() -> None:
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_float8(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """As a type, and as bits where the device has no such type."""
+    monkeypatch.setattr(kernel._config, "capability", lambda: capability)
     check(normal(4, 33), full(33, quant=Quant(torch.tensor(0.01), dtype=FLOAT8)))
     x = torch.tensor([[1e4, -1e4, 464.0, 17.0, 19.0, 2.0**-10, 3 * 2.0**-10, 0.0]])
     q = kernel.launch(x, Steps(quant=Quant(torch.tensor(1.0), dtype=FLOAT8), keep=False))[1]

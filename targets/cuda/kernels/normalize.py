@@ -231,7 +231,7 @@ def tile(k: int, steps: Steps, config: _config.Config) -> Tile:
     else:
         shape = _hadamard.shape(steps.hadamard)
         held = power_of_two(blocks(k, shape.width))
-        resident = steps.norm != "none" and not steps.rank and held * shape.size <= across
+        resident = steps.norm != "none" and not steps.rank and held * shape.size <= _WHOLE_ROW
         rows, count = _hadamard.tile(shape, k, elements, max(1, across // shape.size))
         if resident:
             rows, count = max(elements // (held * shape.size), blocks(shape.least, held)), held
@@ -253,18 +253,28 @@ def _run(x: torch.Tensor, steps: Steps, one: Tile, config: _config.Config) -> Ou
     a, b, c = _hadamard.constants(shape.order, x.device) if steps.turned else (None, None, None)
     chunks = blocks(k, one.count * shape.width)
     loops = not one.resident and (steps.norm != "none" or steps.rank > 0)
+    stages = config["num_stages"] if loops and one.size <= _FETCHED and not steps.turned else 1
     per_sample = m // steps.samples
     terms = config.get("TERMS", _hadamard.terms(steps.dtype))
+    form = _form(steps.quant)
     row_kernel[blocks(m, one.rows), 1 if loops else chunks](
         x, m, k, x.stride(0), chunks, per_sample, steps.epsilon, shape.order**-0.5,
-        a=a, b=b, c=c, y=y, q=q, low=low, **_arguments(steps),
+        a=a, b=b, c=c, y=y, q=q if form < 2 or q is None else q.view(torch.uint8), low=low,
+        **_arguments(steps), FP8=form,
         ONE_SAMPLE=steps.samples == 1 or per_sample % one.rows == 0,
         BLOCK_M=one.rows, COUNT=one.count, WIDTH=shape.width, LEFT=shape.left, A=shape.a, B=shape.b, C=shape.c,
         TERMS=terms, FIRST=1 if steps.plain and x.dtype == torch.bfloat16 else terms,
-        RESIDENT=one.resident, LOOPS=loops, STAGES=config["num_stages"] if loops and one.size <= _FETCHED else 1,
+        RESIDENT=one.resident, LOOPS=loops, STAGES=stages,
         num_warps=_hadamard.warps(shape, one.size) if steps.turned else config["num_warps"],
     )  # fmt: skip
     return outputs
+
+
+def _form(quant: Quant | None) -> int:
+    """0: int8 codes, or none; 1: float8; 2: its bits, for devices whose Triton has no such type."""
+    if quant is None or quant.dtype != FLOAT8:
+        return 0
+    return 1 if _config.capability() >= (8, 9) else 2
 
 
 def _arguments(steps: Steps) -> dict[str, object]:
@@ -277,7 +287,6 @@ def _arguments(steps: Steps) -> dict[str, object]:
         "out_scale": None if quant is None else quant.scale, "out_zero": None if quant is None else quant.zero,
         "NORM": steps.norm, "ACT": steps.act, "TURNED": steps.turned,
         "LOW": 0 if quant is None else quant.low, "HIGH": 0 if quant is None else quant.high,
-        "FP8": quant is not None and quant.dtype == FLOAT8,
         "RANK": steps.rank, "RANK_BLOCK": power_of_two(steps.rank, LEAST_RANK),
     }  # fmt: skip
 
