@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from tests import calib_cases as cases
 from tests.planning import solved
-from vdq_export import attention, ort, pipeline
+from vdq_export import attention, hoisting, ort, pipeline
 from vdq_export import recipe as recipes
 from vdq_export.calib import attention as planning
 from vdq_export.calib.attention import plan_attentions
@@ -262,6 +262,26 @@ def test_values_that_something_unknown_changes_stay_float(canonical: Graph, reco
     assert first.v is None and "to_out.0 is smoothed or rotated" in first.values_why
     assert first.q is not None and not first.keep_float
     assert all(one.v is not None for one in others)
+
+
+def test_keys_that_come_scaled_into_the_body(canonical: Graph, record: CalibrationRecord, tiny: Model) -> None:
+    """Hoisted, keys of the prompt have their constant factor before the body: the one node does not take it then."""
+    floated, plan = planned(canonical, record, recipes.load("static-asq"))
+    roles = hoisting.roles(tiny.example_inputs, tiny.timestep_input, {"encoder_hidden_states"})
+    body = hoisting.split(floated, roles).body
+    plan = plan_attentions(plan, body, record)
+    factors = {one.name: (one.q.factor, one.k.factor) for one in plan.attentions if one.q and one.k}
+    half = pytest.approx(12**-0.25, rel=1e-6)
+    assert list(factors) == NAMES and set(factors) == {one.name for one in plan.attentions}
+    for name, found in factors.items():
+        assert found == ((half, half) if "attn1" in name else (half, 1.0))
+    context = PassContext(plan, plan.bins[0], SPEC)
+    *_, report = pipeline.run_passes(body.copy(), ("ort_rotary", "ort_attention", "attention_qdq"), context)
+    assert (report.applied, report.skipped) == (4, [])
+    whole = plan_attentions(plan, floated, record)  # of another graph: seen, not carried out wrongly
+    context = PassContext(whole, plan.bins[0], SPEC)
+    *_, report = pipeline.run_passes(body.copy(), ("ort_rotary", "ort_attention", "attention_qdq"), context)
+    assert report.applied == 2 and all("multiplies its scores by" in skip.why for skip in report.skipped)
 
 
 def test_only_what_the_recipe_asks_for(canonical: Graph, record: CalibrationRecord) -> None:
