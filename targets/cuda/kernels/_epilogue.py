@@ -136,11 +136,13 @@ def halves(v):
 @triton.jit
 def parts(v, WIDTH: tl.constexpr):
     """v in up to four parts of WIDTH columns or more. Finished one by one, they need fewer registers beside v's own."""
-    made = (v,)
-    if v.shape[1] >= 2 * WIDTH:
-        made = halves(v)
     if v.shape[1] >= 4 * WIDTH:
-        made = halves(made[0]) + halves(made[1])
+        left, right = halves(v)
+        made = halves(left) + halves(right)
+    elif v.shape[1] >= 2 * WIDTH:
+        made = halves(v)
+    else:
+        made = (v,)
     return made
 
 

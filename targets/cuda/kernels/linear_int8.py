@@ -58,7 +58,7 @@ def reference(
     codes = x.double()
     if not weight.group:
         sums = codes @ weight.codes().double()
-        if x_zero is not None:
+        if x_zero is not None and weight.colsum is not None:
             sums = sums - x_zero.double() * weight.colsum
         return epilogue.reference(sums.float() * (x_scale * weight.scale))
     return epilogue.reference(_grouped_reference(codes, weight, x_zero) * x_scale)
@@ -70,7 +70,9 @@ def _grouped_reference(codes: torch.Tensor, weight: Weight, x_zero: torch.Tensor
     parts = zip(codes.split(weight.group, 1), weight.codes().split(weight.group, 0), weight.scale, strict=True)
     for part, w, scale in parts:
         total += (part @ w.double()).float() * scale
-    return total if x_zero is None else total - x_zero * weight.colsum
+    if x_zero is not None and weight.colsum is not None:
+        total -= x_zero * weight.colsum
+    return total
 
 
 @triton.jit
