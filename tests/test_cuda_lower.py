@@ -155,6 +155,13 @@ def test_a_fused_graph_is_what_its_operators_say(name: str) -> None:
         assert other < 40
 
 
+@pytest.mark.parametrize("name", ["int8 smoothed", "int4, low rank", "int4 rotated", "fp8", "attention"])
+def test_the_kernels_compute_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole block in Triton's interpreter: each kernel has what its launch is given, strides and absent operands."""
+    monkeypatch.setenv("VDQ_KERNELS", "triton")
+    assert fused_distance(name)[0] >= 45
+
+
 @pytest.mark.parametrize(
     ("kernel", "lost"),
     [

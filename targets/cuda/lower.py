@@ -97,8 +97,9 @@ class _Lowering:
         key = (*constant.key, floats, str(self._device), change)
 
         def make() -> Tensor:
-            held = constant.tensor if floats is None else _cast(constant.tensor, floats)
-            return (change(held) if change else held).to(self._device)
+            held = constant.read(self._device)
+            held = held if floats is None else _cast(held, floats)
+            return change(held) if change else held
 
         return self._attribute(key, name, make)
 
@@ -282,7 +283,7 @@ class _Lowering:
         key = (codes.key, scale.key, group, kind, str(self._device))
 
         def make() -> Any:
-            given = (codes.tensor.to(self._device), scale.tensor.to(self._device))
+            given = (codes.read(self._device), scale.read(self._device))
             return fused_ops.prepare(*given, group, kind, self._device)
 
         return self._attribute(key, names["weight"], make)

@@ -48,12 +48,13 @@ class Port:
 
 @dataclass(frozen=True)
 class Constant:
-    """type: ONNX's. read(): the values as a CPU tensor, which may lie in a mapped file; 4 bits unpacked to 8."""
+    """type: ONNX's. read(device): the values there, 4 bits unpacked to 8; on the CPU they may lie in a mapped file.
+    tensor: the same on the CPU, kept; for small ones."""
 
     type: int
     shape: tuple[int, ...]
     key: tuple[Any, ...]
-    read: Callable[[], Tensor] = field(repr=False)
+    read: Callable[[torch.device | str], Tensor] = field(repr=False)
 
     @property
     def is_float(self) -> bool:
@@ -61,7 +62,7 @@ class Constant:
 
     @cached_property
     def tensor(self) -> Tensor:
-        return self.read()
+        return self.read("cpu")
 
 
 class Parts:
@@ -106,13 +107,16 @@ class Parts:
                 raise ModelError(f"{self.where}: the data of {proto.name} lies outside", hint="say folder=")
             file = self._folder / entries["location"]
             offset = int(entries.get("offset", 0))
-            return Constant(kind, shape, (str(file.resolve()), offset, kind, shape),
-                            lambda: self._mapped(file, offset, kind, shape))  # fmt: skip
+
+            def read(device: torch.device | str) -> Tensor:
+                return _viewed(self._mapped(file, offset, kind, shape).to(device), kind, shape)
+
+            return Constant(kind, shape, (str(file.resolve()), offset, kind, shape), read)
         digest = hashlib.sha256(proto.raw_data or proto.SerializeToString(deterministic=True)).hexdigest()
-        return Constant(kind, shape, (digest, kind, shape), lambda: _inline(proto))
+        return Constant(kind, shape, (digest, kind, shape), lambda device: _inline(proto).to(device))
 
     def _mapped(self, file: Path, offset: int, kind: int, shape: tuple[int, ...]) -> Tensor:
-        """Pages of the file; copied when written to, which nobody does: torch warns of arrays that cannot be."""
+        """Bytes of the file; its pages are copied when written to, which nobody does: torch warns of what cannot be."""
         if str(file) not in self._files:
             try:
                 self._files[str(file)] = np.memmap(file, np.uint8, "c")
@@ -123,7 +127,7 @@ class Parts:
         found = self._files[str(file)][offset : offset + size]
         if found.size < size:
             raise ModelError(f"{self.where}: {file} ends before byte {offset + size}")
-        return _viewed(torch.from_numpy(found), kind, shape)
+        return torch.from_numpy(found)
 
 
 def _viewed(data: Tensor, kind: int, shape: tuple[int, ...]) -> Tensor:
@@ -182,4 +186,4 @@ def folded(tensor: Tensor, kind: int) -> Constant:
     held = tensor.contiguous()
     raw = held.reshape(-1).view(torch.uint8).numpy().tobytes() if held.numel() else b""
     key = (hashlib.sha256(raw).hexdigest(), kind, tuple(held.shape))
-    return Constant(kind, tuple(held.shape), key, lambda: held)
+    return Constant(kind, tuple(held.shape), key, held.to)

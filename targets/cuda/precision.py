@@ -116,9 +116,15 @@ class Precision:
         if port.dtype not in FLOATS:
             return port.dtype
         size = torch.Size(port.shape).numel()
-        multiplied = any(_multiplies(one, port.name) for one in self._readers[port.name])
-        wide = port.name in self.wanted or (size <= SMALL and not multiplied)
+        wide = port.name in self.wanted or (size <= SMALL and not self._is_multiplied(port.name))
         return torch.float32 if wide else self._dtype
+
+    def _is_multiplied(self, name: str) -> bool:
+        """Whether a product reads the value, moved or not."""
+        moved = (one.outputs for one in self._readers[name] if kind_of(one) == Kind.MOVE)
+        return any(_multiplies(one, name) for one in self._readers[name]) or any(
+            self._is_multiplied(other) for names in moved for other in names
+        )
 
     def _results(self, op: Op) -> Types:
         """Types of the op's float results."""
