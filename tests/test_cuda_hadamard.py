@@ -6,13 +6,14 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from vdq_export import hadamard  # noqa: E402
-from vdq_export.targets.cuda.kernels import _config  # noqa: E402
-from vdq_export.targets.cuda.kernels import _hadamard as kernel  # noqa: E402
+from vdq_export import hadamard
+from vdq_export.graph import Array
+from vdq_export.targets.cuda.kernels import _config
+from vdq_export.targets.cuda.kernels import _hadamard as kernel
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 
@@ -20,8 +21,6 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reaso
 ORDERS = [(2, 3), (4, 5), (8, 1), (16, 3), (32, 1), (64, 2), (256, 3), (512, 1), (12, 3), (20, 1), (24, 7), (28, 1),
           (36, 2), (40, 1), (108, 1), (192, 3), (384, 1), (1536, 1), (4096, 1), (5120, 1)]  # fmt: skip
 MODEL_WIDTHS = (1152, 1536, 2048, 3072, 4608, 5120, 8960, 9216, 12288, 13824)
-
-Array = np.ndarray
 
 
 def rotated(x: Array, order: int, transpose: bool = False) -> Array:

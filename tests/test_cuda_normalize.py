@@ -8,18 +8,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from vdq_export import hadamard  # noqa: E402
-from vdq_export.targets.cuda.kernels import normalize as kernel  # noqa: E402
-from vdq_export.targets.cuda.kernels._quant import FLOAT8, Quant  # noqa: E402
-from vdq_export.targets.cuda.kernels.normalize import Steps  # noqa: E402
+from vdq_export import hadamard
+from vdq_export.graph import Array
+from vdq_export.targets.cuda.kernels import normalize as kernel
+from vdq_export.targets.cuda.kernels._quant import FLOAT8, Quant
+from vdq_export.targets.cuda.kernels.normalize import Steps
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter")
 
-Array = np.ndarray
 FLAT = {"BLOCK_M": 2, "BLOCK_K": 16, "num_warps": 4, "num_stages": 1}  # rows in parts: 16 channels at a time
 # Float32: sums and products of some hundred numbers, exponentials good to 2 ulp. As a share of the largest value.
 EXACT = 1e-5
@@ -262,14 +262,20 @@ def test_no_rows(order: int) -> None:
 def test_triton_only_where_it_is_forced_and_can(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     launch = kernel.launch
-    monkeypatch.setattr(kernel, "launch", lambda x, steps: taken.append(steps.hadamard) or launch(x, steps))
+
+    def seen(x: torch.Tensor, steps: Steps) -> kernel.Outputs:
+        taken.append(steps.hadamard)
+        return launch(x, steps)
+
+    monkeypatch.setattr(kernel, "launch", seen)
     x = normal(2, 24)
     kernel.normalize(x, hadamard=12)
     assert taken == []
     monkeypatch.setenv("VDQ_KERNELS", "triton")
     y, q, low = kernel.normalize(x, hadamard=12, quant=codes(), keep=False)
     assert (taken, y, low) == ([12], None, None)
-    assert torch.equal(q, kernel.reference(x, Steps(hadamard=12, quant=codes()))[1])
+    expected = kernel.reference(x, Steps(hadamard=12, quant=codes()))[1]
+    assert q is not None and expected is not None and torch.equal(q, expected)
     kernel.normalize(x, down=normal(24, 300))
     monkeypatch.setattr(kernel._hadamard, "fits", lambda order: False)
     kernel.normalize(x, hadamard=12)
