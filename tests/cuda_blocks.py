@@ -144,7 +144,7 @@ class Block:
         lo, hi = float(value.min()) * 0.9, float(value.max()) * 0.8  # some clip
         if dtype == "float8e4m3fn":
             return Range(lo=lo, hi=hi, scale=max(-lo, hi) / 448, zero_point=0, why="test")
-        step, low = float(np.float32((hi - lo) / (2**bits - 1))), INT_RANGE[dtype][0]  # type: ignore[index]
+        step, low = float(np.float32((hi - lo) / (2**bits - 1))), INT_RANGE[dtype][0]
         return Range(lo=lo, hi=hi, scale=step, zero_point=low + round(-lo / step), why="test")
 
     def _attentions(self) -> tuple[AttentionPlan, ...]:
@@ -211,7 +211,9 @@ def _graph(make: Builder, output: str) -> Graph:
     shapes |= dict.fromkeys(("norm_q/Rotary", "norm_k/Rotary", "attn/Attention"), tokens)
     info = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
     given = [info.pop("x"), info.pop("modulation")]
-    graph = helper.make_graph(make.nodes, "block", given, [info.pop(output)], make.params, value_info=info.values())
+    graph = helper.make_graph(
+        make.nodes, "block", given, [info.pop(output)], make.params, value_info=list(info.values())
+    )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return Graph.from_proto(onnx.shape_inference.infer_shapes(model))

@@ -36,28 +36,35 @@ def run(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:
 
 
 def _wide(x: Array | None) -> Array:
-    return np.asarray(x, np.float32).astype(np.float64)
+    wide: Array = np.asarray(x, np.float32).astype(np.float64)
+    return wide
 
 
 def _rows(x: Array, like: Array) -> Array:
     """[B, C] of anything broadcast over the tokens of a sample, repeated to the rows of `like`[..., C]."""
     rows, count = _wide(x).reshape(-1, x.shape[-1]), like.size // like.shape[-1]
-    return np.repeat(rows, count // len(rows), axis=0).reshape(like.shape)
+    repeated: Array = np.repeat(rows, count // len(rows), axis=0)
+    return repeated.reshape(like.shape)
 
 
 def _activation(x: Array, kind: str) -> Array:
-    if kind == "gelu_tanh":
-        return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-    if kind == "gelu_erf":
-        return x / 2 * (1 + _ERF(x / np.sqrt(2)))
-    return x / (1 + np.exp(-x)) if kind == "silu" else x
+    factors = {
+        "gelu_tanh": lambda: (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+        "gelu_erf": lambda: (1 + _ERF(x / np.sqrt(2))) / 2,
+        "silu": lambda: 1 / (1 + np.exp(-x)),
+    }
+    made: Array = x * factors[kind]() if kind != "none" else x
+    return made
 
 
 def _quantize(x: Array, scale: Array, zero: Array | None, attrs: Attrs) -> Array:
+    codes: Array
     if attrs["out_type"] == "float8e4m3fn":
-        return np.clip((x / _wide(scale)).astype(np.float32), -448, 448).astype(ml_dtypes.float8_e4m3fn)
+        codes = np.clip((x / _wide(scale)).astype(np.float32), -448, 448).astype(ml_dtypes.float8_e4m3fn)
+        return codes
     codes = np.rint(x.astype(np.float32) / np.asarray(scale)) + (0 if zero is None else np.asarray(zero))
-    return np.clip(codes, attrs["low_level"], attrs["high_level"]).astype(np.int8)
+    codes = np.clip(codes, attrs["low_level"], attrs["high_level"]).astype(np.int8)
+    return codes
 
 
 def linear(

@@ -18,7 +18,7 @@ from vdq_export.contract import PassReport
 from vdq_export.graph import Array, Graph, Node
 from vdq_export.metrics import sqnr_db
 from vdq_export.targets.cuda import fuse
-from vdq_export.targets.cuda._fused import operand, put, result
+from vdq_export.targets.cuda._fused import held, operand, put, result
 from vdq_export.targets.cuda.lower import lower
 from vdq_export.targets.cuda.ops import DOMAIN
 
@@ -145,7 +145,7 @@ def test_twice_is_once_and_the_same_bytes(made: Any, name: str) -> None:
 
 def test_codes_are_quantized_once_for_all_that_read_them(made: Any) -> None:
     graph, _, _ = made["static-asq"]
-    codes = result(only(graph, "Normalize", "norm1"), "q")
+    codes = held(only(graph, "Normalize", "norm1"), "q")
     assert codes.dtype == np.int8
     assert [node.name for node in codes.outputs] == [f"attn.to_{letter}/Linear" for letter in "qkv"]
     assert result(codes.inputs[0], "y") is None
@@ -156,7 +156,7 @@ def test_what_others_read_stays_beside_the_codes(made: Any) -> None:
     norm = only(graph, "Normalize", "norm1")
     assert result(norm, "y") is not None
     assert result(norm, "q") is not None
-    assert [node.op for node in result(norm, "y").outputs] == ["MatMul"]
+    assert [node.op for node in held(norm, "y").outputs] == ["MatMul"]
 
 
 def test_levels_of_narrow_codes(made: Any) -> None:
@@ -192,7 +192,7 @@ def test_every_step_has_its_place(made: Any) -> None:
 
 def scaled(name: str, factor: float) -> Callable[[Node], None]:
     def change(node: Node) -> None:
-        value = operand(node, name)
+        value = held(node, name)
         value.values = np.asarray(value.values, np.float32) * np.float32(factor)
 
     return change

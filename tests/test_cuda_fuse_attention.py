@@ -10,7 +10,7 @@ import pytest
 
 from tests.cuda_forms import B, C, H, T, built, fused, kinds, linear, only, quantized, skips
 from tests.graphs import Builder
-from vdq_export.targets.cuda._fused import operand
+from vdq_export.targets.cuda._fused import held, operand
 
 # -- attention -------------------------------------------------------------------------------------------------------
 
@@ -86,7 +86,7 @@ def test_quantized_operands_of_attention_that_is_written_out(factor: float) -> N
     assert kinds(graph) == {"Rope": 3, "Attention": 1}
     node = only(graph, "Attention")
     assert [np.dtype(value.dtype).name for value in node.inputs[:3]] == ["int8", "int8", "float8_e4m3fn"]
-    assert operand(node, "q_scale").shape == [H]
+    assert held(node, "q_scale").shape == [H]
 
 
 def test_one_scale_a_head_is_wanted() -> None:
@@ -126,7 +126,7 @@ def test_an_embedding_of_some_tokens(first: bool) -> None:
     y = make.op("Concat", *(parts if first else parts[::-1]), name="all", axis=1)
     graph, _ = fused(built(make, {make.op("Neg", y, name="y"): (B, T, C)}, {"rope": (B, 4, C)}))
     assert kinds(graph) == {"Rope": 1, "Neg": 1}
-    assert operand(only(graph, "Rope"), "cos").shape == (T, C // H // 2)
+    assert held(only(graph, "Rope"), "cos").shape == (T, C // H // 2)
 
 
 def test_equal_angles_are_held_once() -> None:

@@ -16,7 +16,7 @@ from vdq_export.graph import Array, Graph
 from vdq_export.hadamard import matrix
 from vdq_export.metrics import sqnr_db
 from vdq_export.targets.cuda import fuse
-from vdq_export.targets.cuda._fused import operand
+from vdq_export.targets.cuda._fused import held, operand
 from vdq_export.targets.cuda.merge import merge
 
 # -- quantizers ------------------------------------------------------------------------------------------------------
@@ -60,8 +60,8 @@ def test_levels_that_differ_between_bins_keep_their_clip() -> None:
     make = Builder()
     y = linear(make, quantized(make, "x", "in", scale=0.2, zero=8, levels=16), "a")
     graph = built(make, {y: (B, T, C)})
-    other = {"in.high": np.float32(0.2) * np.float32(63 - 8)}
-    merged = merge(graph, [{"in.high": np.float32(0.2) * np.float32(7)}, other])
+    first, other = ({"in.high": np.array(np.float32(0.2) * np.float32(top - 8))} for top in (15, 63))
+    merged = merge(graph, [first, other])
     reports = fuse.run(merged)
     assert kinds(merged) == {"Clip": 1, "Normalize": 1, "Linear": 1}
     node = only(merged, "Normalize")
@@ -183,12 +183,11 @@ def test_rotations_of_one_and_two_factors(left: int | None, right: int) -> None:
 
 def test_a_rotation_with_a_channel_scale() -> None:
     make = Builder()
-    scale = np.linspace(0.5, 2, C).astype(np.float32)
-    graph, _ = fused(
-        built(make, {linear(make, quantized(make, rotated(make, "x", None, matrix(C) * scale), "in"), "a"): (B, T, C)})
-    )
+    scale: Array = np.linspace(0.5, 2, C).astype(np.float32)
+    y = rotated(make, "x", None, matrix(C) * scale)
+    graph, _ = fused(built(make, {linear(make, quantized(make, y, "in"), "a"): (B, T, C)}))
     assert kinds(graph) == {"Normalize": 1, "Linear": 1}
-    np.testing.assert_allclose(operand(only(graph, "Normalize"), "post").values, scale, rtol=1e-5)
+    np.testing.assert_allclose(held(only(graph, "Normalize"), "post").values, scale, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fault", ["sign", "order", "rows"])

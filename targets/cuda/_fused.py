@@ -30,6 +30,13 @@ def result(node: Node, name: str) -> Value | None:
     return node.outputs[index] if index < len(node.outputs) and node.outputs[index].name else None
 
 
+def held(node: Node, name: str) -> Value:
+    """An operand or a result that the node has."""
+    found = operand(node, name) if name in INPUTS[node.op] else result(node, name)
+    assert found is not None, f"{node.name} has no {name}"
+    return found
+
+
 def put(node: Node, **operands: Value | None) -> None:
     """Give the node operands; None takes one away."""
     for name, value in operands.items():

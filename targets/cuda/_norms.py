@@ -41,7 +41,7 @@ def norm_at(node: Node) -> Norm | None:
     root = made_by(node.inputs[1], "Sqrt") if node.op == "Div" else None
     if root is None or not is_root_mean_square(root, node.inputs[0]):
         return None
-    epsilon = next(e for t in made_by(root.inputs[0], "Add").inputs if (e := scalar(t)) is not None)
+    epsilon = next(e for t in root.inputs[0].inputs[0].inputs if (e := scalar(t)) is not None)
     return Norm("rms", node.inputs[0], epsilon)
 
 

@@ -42,7 +42,7 @@ def rotation_at(graph: Graph, node: Node) -> Rotation | str | None:
         return "the blocks are not put back as they were"
     if not is_order(p * q):
         return f"{p * q} is the order of no known Hadamard matrix"
-    across, along = factors(p * q) if left else (None, matrix(q))
+    across, along = factors(p * q) if left else (matrix(1), matrix(q))
     scale = _column_scale(np.asarray(right.inputs[1].values[0], np.float32), along)
     if scale is None or (left is not None and (scale.size or not _equal(left.inputs[0].values[0], across.T))):
         return "it is no Hadamard matrix"

@@ -14,7 +14,7 @@ import numpy as np
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value, is_constant
 from vdq_export.match import readers
-from vdq_export.targets.cuda._fused import is_fused, is_output, operand, put, put_result, remove, result
+from vdq_export.targets.cuda._fused import held, is_fused, is_output, operand, put, put_result, remove, result
 
 NAME = "fuse_low_rank_down"
 MOST_COLUMNS = 256  # more are a matrix product of their own
@@ -45,7 +45,7 @@ def _product(reader: Node, y: Value) -> Node | None:
 
 
 def _fuse(graph: Graph, node: Node, gemm: Node) -> None:
-    y, (rows, down), low = result(node, "y"), gemm.inputs, gemm.outputs[0]
+    y, (rows, down), low = held(node, "y"), gemm.inputs, gemm.outputs[0]
     remove(gemm)
     if rows is not y and not readers(rows):
         remove(rows.inputs[0])

@@ -20,7 +20,7 @@ from typing import Any
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value
 from vdq_export.match import constant_operand, other_input, readers
-from vdq_export.targets.cuda._fused import absorb, add, next_node, operand, put, remove, result
+from vdq_export.targets.cuda._fused import absorb, add, held, next_node, operand, put, remove
 from vdq_export.targets.cuda._norms import norm_at
 from vdq_export.targets.cuda._operands import channels, is_channels, is_rows
 from vdq_export.targets.cuda._rotations import Rotation, rotation_at
@@ -91,7 +91,7 @@ def _made(graph: Graph, node: Node, operands: dict[str, Value | None], attrs: di
 
 def _step(graph: Graph, node: Node) -> str:
     """Take in the step behind the kernel's y; returns its name."""
-    y, last = result(node, "y"), max([i for i, step in enumerate(_STEPS) if _has(node, step)], default=-1)
+    y, last = held(node, "y"), max([i for i, step in enumerate(_STEPS) if _has(node, step)], default=-1)
     if last < _ACT and take_activation(graph, node):
         return "act"
     turned = next_node(graph, y, "Reshape", "MatMul") if last < _HADAMARD else None
@@ -135,7 +135,7 @@ def _product(graph: Graph, node: Node, reader: Node, other: Value, last: int) ->
 
 
 def _sum(node: Node, other: Value, last: int) -> str:
-    shape = result(node, "y").shape
+    shape = held(node, "y").shape
     if last < 0 and _has_norm(node) and not _has(node, "bias") and is_channels(other, shape[-1]):
         return "bias"
     return "shift" if last < _SHIFT and is_rows(other, shape) else ""

@@ -80,8 +80,8 @@ def _norm(graph: Graph, node: Node) -> bool:
     x, heads = node.inputs[0], node.attrs["heads"]
     apart = [*x.shape[:2], heads, x.shape[-1] // heads]
     merged = made_by(x, "Reshape")
-    per_head = merged is not None and list(merged.inputs[0].shape) == apart
-    value = merged.inputs[0] if per_head else x
+    value = merged.inputs[0] if merged is not None and list(merged.inputs[0].shape) == apart else x
+    per_head = value is not x
     found = norm_of(graph, value)
     alone = all(len(readers(one)) == 1 and not is_output(graph, one) for one in (x, value))
     if found is None or not alone or found.bias is not None or (found.kind == "layer" and not per_head):

@@ -65,7 +65,7 @@ def _written(graph: Graph, scores: Node) -> _Written | None:
         number = None if other is None else scalar(other)
         if other is None or mask is not None or (node.op != "Add" and (number is None or node.inputs[0] is not value)):
             return None
-        if node.op == "Add":
+        if number is None or node.op == "Add":
             mask = other
         else:
             factor = factor * number if node.op == "Mul" else factor / number
@@ -104,7 +104,12 @@ def _gather(graph: Graph, found: _Written) -> None:
         "MultiHeadAttention", given, graph.fresh(f"{path}/Attention"), dtype=product.dtype, shape=shape,
         attrs={"num_heads": heads, "scale": scale}, domain="com.microsoft",
     )  # fmt: skip
-    if merged is not None and list(turned.attrs["perm"]) == list(_QUERIES) and list(merged.outputs[0].shape) == shape:
+    if (
+        turned is not None
+        and merged is not None
+        and list(turned.attrs["perm"]) == list(_QUERIES)
+        and list(merged.outputs[0].shape) == shape
+    ):
         old = merged.outputs[0]
     else:  # laid out as it was
         old, made = product, reshaped(graph, made, [batch, queries, heads, width])
@@ -115,12 +120,16 @@ def _gather(graph: Graph, found: _Written) -> None:
     graph.replace_uses(old, made)
 
 
+def _merges(turned: Node, merged: Node, shape: list[int]) -> bool:
+    return list(turned.attrs["perm"]) == list(_QUERIES) and list(merged.outputs[0].shape) == shape
+
+
 def _operand(graph: Graph, value: Value, perm: tuple[int, ...], *, peel: bool) -> tuple[Value, float]:
     """(q, k or v as [B, tokens, H·D], what it is to be multiplied with), quantized as it was."""
     quantize = codes_of(value)
     how = read(graph, quantize) if quantize is not None else ""
     scales = None if isinstance(how, str) or how.zero is not None or how.axis != 1 else numbers(how.scale)
-    if isinstance(how, str) or scales is None or scales.shape[1] != value.shape[1]:
+    if quantize is None or isinstance(how, str) or scales is None or scales.shape[1] != value.shape[1]:
         return tokens(graph, value, perm, peel=peel)
     x, factor = tokens(graph, how.value, perm, peel=peel)
     channels = np.repeat(scales / np.float32(abs(factor)), x.shape[2] // scales.shape[1], axis=1)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node
 from vdq_export.match import made_by, readers
-from vdq_export.targets.cuda._fused import add, fused_by, is_output, operand, remove, result
+from vdq_export.targets.cuda._fused import add, fused_by, held, is_output, operand, remove, result
 from vdq_export.targets.cuda._steps import only_quantizes, take_quantizer
 
 NAME = "quantize_early"
@@ -37,7 +37,7 @@ def run(graph: Graph, context: PassContext) -> PassReport:
 
 def _swap(graph: Graph, node: Node, move: Node) -> list[Node]:
     """Let `move` move codes; returns the quantizers in front of it."""
-    codes, made = result(node, "q"), list[Node]()
+    codes, made = held(node, "q"), list[Node]()
     names = ("out_scale", "out_zero")
     parts = list(move.inputs) if move.op == "Concat" else [move.inputs[0]]
     parameters, attrs, name = {one: operand(node, one) for one in names}, dict(node.attrs), node.name

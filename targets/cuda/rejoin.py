@@ -34,8 +34,9 @@ def run(graph: Graph, context: PassContext) -> PassReport:
 def _rejoined(node: Node) -> Value | None:
     if node.op not in ("Concat", "Slice") or node.domain:
         return None
-    cuts = [cut_of(made_by(part, "Slice")) for part in node.inputs] if node.op == "Concat" else [cut_of(node)]
-    if any(cut is None for cut in cuts):
+    parts = [made_by(part, "Slice") for part in node.inputs] if node.op == "Concat" else [node]
+    cuts = [cut for part in parts if (cut := cut_of(part)) is not None]
+    if len(cuts) < len(parts):
         return None
     whole, axis, _, _ = cuts[0]
     start, rank = 0, len(whole.shape)
@@ -52,11 +53,10 @@ def cut_of(node: Node | None) -> tuple[Value, int, int, int] | None:
     if node is None or len(node.inputs) < 3:
         return None
     value = node.inputs[0]
-    given = [integers(one) for one in node.inputs[1:]]
-    axes = given[2] if len(given) > 2 else [0]
-    if any(one is None or len(one) != 1 for one in given) or (len(given) > 3 and given[3] != [1]):
+    given = [one[0] for bound in node.inputs[1:] if (one := integers(bound)) is not None and len(one) == 1]
+    if len(given) < len(node.inputs) - 1 or given[3:] not in ([], [1]):
         return None
-    axis = axes[0] % len(value.shape)
+    axis = (given[2] if len(given) > 2 else 0) % len(value.shape)
     size = int(value.shape[axis])
-    begin, end = (min(max(n + size if n < 0 else n, 0), size) for n in (given[0][0], given[1][0]))
+    begin, end = (min(max(n + size if n < 0 else n, 0), size) for n in given[:2])
     return value, axis, begin, end

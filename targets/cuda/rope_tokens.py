@@ -56,9 +56,9 @@ def run(graph: Graph, context: PassContext) -> PassReport:
 
 
 def _parts(node: Node) -> list[_Part] | None:
-    found = [_part(value) for value in node.inputs]
-    embeddings = [part.embedding for part in found if part is not None and part.embedding is not None]
-    if not embeddings or any(part is None for part in found):
+    found = [part for value in node.inputs if (part := _part(value)) is not None]
+    embeddings = [part.embedding for part in found if part.embedding is not None]
+    if not embeddings or len(found) < len(node.inputs):
         return None
     first, whole, start = embeddings[0], found[0].whole, 0
     for part in found:
