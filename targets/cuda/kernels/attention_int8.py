@@ -1,4 +1,4 @@
-"""Flash attention on int8 codes of q and k: int32 scores, softmax with float32 statistics, then 16-bit or E4M3 products.
+"""Flash attention on int8 codes of q and k: int32 scores, float32 statistics, then products in 16 bits or in E4M3.
 
     s[i, j] = Σ_d q[i, d]·k[j, d]                        int32, exact; one static scale a head for q and one for k
     t[i, j] = s[i, j]·a + mask[i, j]·log2 e              a = q_scale·k_scale·scale·log2 e: softmax in base 2
@@ -7,36 +7,39 @@
 
 p in E4M3. Shift puts the largest p at 448, the format's end, so a weight may be 2^18.8 times smaller than its row's
 largest before it rounds to zero, 2^14.8 before it loses bits; without it 2^10 and 2^6, and of 32,760 keys with small
-weights a whole background would vanish. The factor is in both sums and cancels. Rounding is to nearest with a relative
-step of 2^-4 at most: an error of at most 2^-4·Σ p|v| / Σ p, in practice √n smaller.
+weights a whole background would vanish. The factor is in both sums and cancels. Rounding is to nearest, at most 2^-4
+of a weight: y is off by at most 2^-4·Σ p|v| / Σ p, in practice by about that over √(keys that count).
 
-Sums of E4M3 products. Hopper's tensor cores keep about 14 bits of these sums and cut the rest off; over 32,760 keys that
-shrinks y by per cents. So each block of keys starts a sum of its own, and float32 registers add them: in the one
+Sums of E4M3 products. Hopper's tensor cores keep about 14 bits of these sums and cut the rest off; over 32,760 keys
+that shrinks y by per cents. So each block of keys starts a sum of its own, and float32 registers add them: in the one
 fused multiply-add that rescales the older sum anyway.
 
-int32 to float32 without a conversion: sums start at 0x4B400000, the bits of 1.5·2^23, so their bits are those of
-the float32 1.5·2^23 + s, as |s| ≤ 2^7·2^7·256 = 2^22. The constant leaves with the maximum, in the multiply-add before
-2^x. It is subtracted as a rounded product, at most one unit of s off, the same for a whole row: it cancels.
+int32 to float32 without a conversion: sums start at 0x4B400000, the bits of 1.5·2^23, so their bits are those of the
+float32 1.5·2^23 + s, as |s| ≤ 2^7·2^7·256 = 2^22. The constant leaves with the maximum, in the multiply-add before 2^x.
 
-Layouts. q, k, v as the linear layers write them, [B, S, H·D], any row stride (slices of one qkv tensor too). wgmma wants
-8-bit operands contiguous along the summed dimension: keys, for v. A kernel of its own lays E4M3 v out anew,
-[B·H, blocks of keys, D, BLOCK_N]: it reads and writes S·H·D bytes once, 0.02 ms for Wan-1.3B, 0.3 % of the attention. It
-also permutes keys within each 16: an accumulator has columns 2t, 2t+1, 8+2t, 8+2t+1 in the thread that as an operand must
-have 4t … 4t+3. With v in that order p stays where it is, and needs no shuffle between lanes.
+Layouts. q, k, v as the linear layers write them, [B, S, H·D], any row stride (slices of one qkv tensor too). wgmma
+wants 8-bit operands contiguous along the summed dimension: keys, for v. A kernel of its own lays E4M3 v out anew,
+[B·H, blocks of keys, D, BLOCK_N]: it reads and writes S·H·D bytes once, 0.02 ms for Wan-1.3B, 0.3 % of the attention.
+It also permutes keys within each 16: an accumulator has columns 2t, 2t+1, 8+2t, 8+2t+1 in the thread that as an
+operand must have 4t … 4t+3. With v in that order p stays where it is, and needs no shuffle between lanes.
 
-Floor on an H200, Wan-1.3B at 480 x 832 x 81 (S = 32,760, 12 heads of 128, 1.29e10 scores a layer), 132 SMs at 1.83 GHz:
+Floor on an H200, Wan-1.3B at 480 x 832 x 81 (S = 32,760, 12 heads of 128, 1.29e10 scores a layer), 132 SMs, 1.83 GHz:
 
     q·k in int8, 1,979 TOP/s  1.67 ms    p·v in 16 bits, 989 TFLOP/s  3.33 ms    p·v in E4M3  1.67 ms
-    2^x, 16 a clock and SM  3.33 ms      all instructions, 128 a clock and SM: 9 to 11 a score  3.7 to 4.7 ms
-    k, v from L2: 2·128 bytes a key and 128 queries: 20 bytes a clock and SM at 5.7 ms (about 25 are to be had)
+    2^x, 16 a clock and SM  3.33 ms      all instructions, 128 a clock and SM: 9 to 11 a score  3.7 to 4.6 ms
+    k, v from L2, 3 (E4M3: 2) bytes a score and 128 queries: 26 (18) bytes a clock and SM at 6 ms, of about 25 to 30
 
-Tensor cores and the rest can overlap, so 16 bits cannot end before 5.0 ms and E4M3 not before 3.7 to 4.7; one after the
-other they take 9 and 7.5. bfloat16 attention needs 6.7 on the tensor cores alone, about 10 in practice.
-Triton waits for each product before it goes on, so one program overlaps nothing: two programs of 4 warps (128 queries
-each, 64 keys at a time, at most 255 registers) share a multiprocessor, one in its exponentials while the other
-multiplies. 64 queries a program would ask L2 for twice the bytes, more than it has.
-Blocks of keys that lie wholly inside jump over the masking of keys. (The last block after the loop instead, a second copy of
-the code, made ptxas spill or wait after each product.)
+Tensor cores and the rest can overlap: 16 bits cannot end before 5.0 ms, E4M3 not before 3.7; one after the other they
+take 9.1 and 7. bfloat16 attention needs 6.7 on the tensor cores alone, about 10 in practice.
+Triton waits for scores before it goes on, so a program overlaps little: two programs of 4 warps (128 queries each,
+64 keys at a time, at most 255 registers) share a multiprocessor, one in its exponentials while the other multiplies.
+64 queries a program would ask L2 for twice the bytes, more than it has. With E4M3 the sums of a block take 64
+registers more: 8 warps, one program. Expect 6 to 7 ms in 16 bits and 6 to 8 in E4M3.
+
+PARTS: a program's queries in parts of BLOCK_M, one after the other against each block of keys: the product of one
+part with v runs on into the scores of the next, and both read the same keys and values.
+Blocks of keys that lie wholly inside jump over the masking of keys. (The last block after the loop instead, a second
+copy of the code, made ptxas spill, or wait after each product.)
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ _LOG2_E = tl.constexpr(LOG2_E)
 _MAGIC_BITS = tl.constexpr(0x4B400000)  # 1.5 · 2^23 as float32
 _MAGIC = tl.constexpr(12582912.0)
 _SHIFT = tl.constexpr(log2(448.0))
-_LEAST = tl.constexpr(-3.0e38)  # a finite mask stays finite in base 2, so float32's least value still counts
+_LEAST = tl.constexpr(-2.0e38)  # a finite mask stays finite in base 2: float32's least value is no infinity
 
 
 @triton.jit
@@ -90,7 +93,7 @@ def _load_rows(x, sample, head, start, stop, batch_stride, ROW: tl.constexpr, D:
                BLOCK_N: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """Rows start … start + BLOCK_N of one head, [BLOCK_N, BLOCK_D]; zero from `stop` on.
 
-    Channels behind D are zero, or under TMA the next head's: q (never under TMA then) has zeros there, and y drops them.
+    Channels behind D are zero, or under TMA the next head's; then q comes by pointers, with zeros there.
     """
     if TMA:
         rows = x.load([sample, start, head * D]).reshape(BLOCK_N, BLOCK_D)
@@ -103,15 +106,14 @@ def _load_rows(x, sample, head, start, stop, batch_stride, ROW: tl.constexpr, D:
 
 
 @triton.jit
-def _load_tile(tiles, tile, PART: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
-               TMA: tl.constexpr):  # fmt: skip
-    """Channels PART·WIDTH … of one block of keys, [BLOCK_N, WIDTH]."""
+def _load_tile(tiles, tile, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):
+    """One block of keys of v, [BLOCK_N, BLOCK_D]."""
     if TMA:
-        part = tiles.load([tile * BLOCK_D + PART * WIDTH, 0])
+        rows = tiles.load([tile * BLOCK_D, 0])
     else:
-        d, n = PART * WIDTH + tl.arange(0, WIDTH), tl.arange(0, BLOCK_N)
-        part = tl.load(tiles + tile.to(tl.int64) * (BLOCK_D * BLOCK_N) + d[:, None] * BLOCK_N + n[None, :])
-    return part.T
+        d, n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
+        rows = tl.load(tiles + tile.to(tl.int64) * (BLOCK_D * BLOCK_N) + d[:, None] * BLOCK_N + n[None, :])
+    return rows.T
 
 
 @triton.jit
@@ -151,18 +153,16 @@ def _load_bias(mask, sample, head, row, sq, start, sk, mask_sample, mask_head, m
     corner = mask + sample.to(tl.int64) * mask_sample + head.to(tl.int64) * mask_head + row.to(tl.int64) * mask_row
     at = corner + tl.cast(start, tl.int64) * mask_key + m[:, None] * mask_row + n[None, :] * mask_key
     bias = tl.load(at, mask=(m < sq - row)[:, None] & (n < sk - start)[None, :], other=0.0).to(tl.float32)
-    return tl.where(bias == float("-inf"), bias, tl.maximum(bias * _LOG2_E, _LEAST))
+    return tl.where(bias == float("-inf"), bias, tl.maximum(bias, _LEAST) * _LOG2_E)
 
 
 @triton.jit
 def _block(
-    q, k, v, mask, sample, head, row, sq, start, sk, a, offset, total, sums, k_batch, v_batch,
+    q, keys, values, mask, sample, head, row, sq, start, sk, a, offset, total, sums,
     mask_sample, mask_head, mask_row, mask_key,
-    HEADS: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8_V: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FP8_V: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: the rows' offsets, sums of weights and weighted sums of v after it."""
-    keys = _load_rows(k, sample, head, start, sk, k_batch, K_ROW, D, BLOCK_D, BLOCK_N, TMA)
+    """Rows of queries against one block of keys: their offsets, sums of weights and weighted sums of v after it."""
     s = tl.dot(q, keys.T)
     bias = None
     if mask is not None:
@@ -171,23 +171,17 @@ def _block(
     p, offset, rescale = _weights(s, bias, start, sk, a, offset, _SHIFT if FP8_V else 0.0, BLOCK_N)
     total = total * rescale + tl.sum(p, 1)
     if FP8_V:
-        p8 = _as_operand(p, BLOCK_M, BLOCK_N)
-        tile = (sample * HEADS + head) * tl.cdiv(sk, BLOCK_N) + start // BLOCK_N
-        added = ()
-        for part in tl.static_range(PARTS):
-            product = float_dot(p8, _load_tile(v, tile, part, BLOCK_D, BLOCK_D // PARTS, BLOCK_N, TMA), None)
-            added = added + (tl.fma(sums[part], rescale[:, None], product),)  # noqa: RUF005 (Triton has no *)
+        sums = tl.fma(sums, rescale[:, None], float_dot(_as_operand(p, BLOCK_M, BLOCK_N), values, None))
     else:
-        values = _load_rows(v, sample, head, start, sk, v_batch, V_ROW, D, BLOCK_D, BLOCK_N, TMA)
-        added = (float_dot(narrow(p, values.dtype), values, sums[0] * rescale[:, None]),)
-    return offset, total, added
+        sums = float_dot(narrow(p, values.dtype), values, sums * rescale[:, None])
+    return offset, total, sums
 
 
 @triton.jit
-def _store(part, first, sample, head, row, sq, y, out, out_scale, out_zero, HEADS: tl.constexpr, D: tl.constexpr,
-           WIDTH: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
-    """Channels first … first + WIDTH of a tile of y, as floats, as codes or both; [B, Sq, H·D], contiguous."""
-    m, d = tl.arange(0, part.shape[0]), first + tl.arange(0, WIDTH)
+def _store(part, sample, head, row, sq, y, out, out_scale, out_zero, HEADS: tl.constexpr, D: tl.constexpr,
+           BLOCK_D: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
+    """A tile of y, as floats, as codes or both; [B, Sq, H·D], contiguous."""
+    m, d = tl.arange(0, part.shape[0]), tl.arange(0, BLOCK_D)
     inside = (m < sq - row)[:, None] & (d < D)[None, :]
     corner = (sample.to(tl.int64) * sq + row) * (HEADS * D) + head * D
     at = m[:, None] * (HEADS * D) + d[None, :]
@@ -201,33 +195,47 @@ def _store(part, first, sample, head, row, sq, y, out, out_scale, out_zero, HEAD
 def _kernel(
     q, k, v, mask, q_scale, k_scale, v_scale, out_scale, out_zero, y, out, scale, sq, sk,
     q_batch, k_batch, v_batch, mask_sample, mask_head, mask_row, mask_key,
-    HEADS: tl.constexpr, Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    FP8_V: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr,
+    HEADS: tl.constexpr, Q_ROW: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, FP8_V: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one head of one sample. q, k, v: descriptors (TMA) or pointers; E4M3 v: tiles of _lay_out."""
+    """PARTS · BLOCK_M queries of one head of one sample. q, k, v: descriptors (TMA) or pointers; E4M3 v laid out."""
     sample, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
-    row = tl.program_id(0) * BLOCK_M
-    queries = _load_rows(q, sample, head, row, sq, q_batch, Q_ROW, D, BLOCK_D, BLOCK_M, TMA and D == BLOCK_D)
+    row = tl.program_id(0) * (BLOCK_M * PARTS)
     a = tl.load(q_scale + head) * tl.load(k_scale + head) * scale * _LOG2_E
-    WIDTH: tl.constexpr = BLOCK_D // PARTS
-    offset = tl.full((BLOCK_M,), float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    sums = ()
-    for _ in tl.static_range(PARTS):
-        sums = sums + (tl.zeros((BLOCK_M, WIDTH), tl.float32),)  # noqa: RUF005
-    for start in tl.range(0, sk, BLOCK_N):
-        offset, total, sums = _block(
-            queries, k, v, mask, sample, head, row, sq, start, sk, a, offset, total, sums, k_batch, v_batch,
-            mask_sample, mask_head, mask_row, mask_key, HEADS, K_ROW, V_ROW, D, BLOCK_D, BLOCK_M, BLOCK_N, FP8_V,
-            PARTS, TMA,
-        )  # fmt: skip
-    share = tl.where(total > 0.0, 1.0 / total, 0.0)  # a row whose mask shuts out every key is zero
-    if FP8_V:
-        share *= tl.load(v_scale + head)
+    queries, offsets, totals, sums = (), (), (), ()
     for part in tl.static_range(PARTS):
-        _store(sums[part] * share[:, None], part * WIDTH, sample, head, row, sq, y, out, out_scale, out_zero,
-               HEADS, D, WIDTH, LOW, HIGH, FP8)  # fmt: skip
+        at = row + part * BLOCK_M
+        rows = _load_rows(q, sample, head, at, sq, q_batch, Q_ROW, D, BLOCK_D, BLOCK_M, TMA and D == BLOCK_D)
+        queries = queries + (rows,)  # noqa: RUF005 (Triton has no *)
+        offsets = offsets + (tl.full((BLOCK_M,), float("inf"), tl.float32),)  # noqa: RUF005
+        totals = totals + (tl.zeros((BLOCK_M,), tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros((BLOCK_M, BLOCK_D), tl.float32),)  # noqa: RUF005
+    for start in tl.range(0, sk, BLOCK_N):
+        keys = _load_rows(k, sample, head, start, sk, k_batch, K_ROW, D, BLOCK_D, BLOCK_N, TMA)
+        if FP8_V:
+            tile = (sample * HEADS + head) * tl.cdiv(sk, BLOCK_N) + start // BLOCK_N
+            values = _load_tile(v, tile, BLOCK_D, BLOCK_N, TMA)
+        else:
+            values = _load_rows(v, sample, head, start, sk, v_batch, V_ROW, D, BLOCK_D, BLOCK_N, TMA)
+        new_offsets, new_totals, new_sums = (), (), ()
+        for part in tl.static_range(PARTS):
+            offset, total, summed = _block(
+                queries[part], keys, values, mask, sample, head, row + part * BLOCK_M, sq, start, sk, a, offsets[part],
+                totals[part], sums[part], mask_sample, mask_head, mask_row, mask_key, BLOCK_M, BLOCK_N, FP8_V,
+            )  # fmt: skip
+            new_offsets = new_offsets + (offset,)  # noqa: RUF005
+            new_totals = new_totals + (total,)  # noqa: RUF005
+            new_sums = new_sums + (summed,)  # noqa: RUF005
+        offsets, totals, sums = new_offsets, new_totals, new_sums
+    for part in tl.static_range(PARTS):
+        total = totals[part]
+        share = 1.0 / tl.where(total > 0.0, total, float("inf"))  # a row whose mask shuts out every key is zero
+        if FP8_V:
+            share *= tl.load(v_scale + head)
+        _store(sums[part] * share[:, None], sample, head, row + part * BLOCK_M, sq, y, out, out_scale, out_zero,
+               HEADS, D, BLOCK_D, LOW, HIGH, FP8)  # fmt: skip
 
 
 def tiles_of(v: torch.Tensor, heads: int, block_d: int, block_n: int) -> torch.Tensor:
@@ -258,12 +266,10 @@ def launch(
             return launch(q, k, v, heads=heads, scale=scale, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale,
                           mask=mask, quant=quant, keep=keep, dtype=dtype, config=one)  # fmt: skip
 
-        config = _config.config(
-            "attention", run, m=sq, n=sk, k=d, v="fp8" if eight else "float", out="float" if keep else "codes"
-        )
-    block_m, block_d = config["BLOCK_M"], power_of_two(d, LEAST_WIDTH)
+        config = _config.config("attention", run, m=sq, n=sk, k=d, v="fp8" if eight else "float",
+                                masked=mask is not None)  # fmt: skip
+    block_m, parts, block_d = config["BLOCK_M"], config["PARTS"], power_of_two(d, LEAST_WIDTH)
     block_n = max(config["BLOCK_N"], LEAST_KEYS) if eight else config["BLOCK_N"]
-    parts = config["PARTS"] if eight and block_d // config["PARTS"] >= LEAST_WIDTH else 1
     values = tiles_of(v, heads, block_d, block_n) if eight else v
     tma = (
         bool(config["TMA"])
@@ -273,9 +279,9 @@ def launch(
     y = torch.empty(samples, sq, width, dtype=dtype, device=q.device) if keep else None
     codes = None if quant is None else torch.empty(samples, sq, width, dtype=quant.dtype, device=q.device)
     where = (0, 0, 0, 0) if mask is None else mask.expand(samples, heads, sq, sk).stride()
-    _kernel[(blocks(sq, block_m), samples * heads)](
+    _kernel[(blocks(sq, block_m * parts), samples * heads)](
         _rows(q, block_m, block_d) if tma and d == block_d else q, _rows(k, block_n, block_d) if tma else k,
-        values if not tma else _tiles(values, block_d // parts, block_n) if eight else _rows(v, block_n, block_d),
+        values if not tma else _tiles(values, block_d, block_n) if eight else _rows(v, block_n, block_d),
         mask, q_scale, k_scale, v_scale, None if quant is None else quant.scale, None if quant is None else quant.zero,
         y, codes, scale, sq, sk, q.stride(0), k.stride(0), v.stride(0), *where,
         HEADS=heads, Q_ROW=q.stride(1), K_ROW=k.stride(1), V_ROW=v.stride(1), D=d, BLOCK_D=block_d, FP8_V=eight,
