@@ -99,7 +99,7 @@ def _cuda(gpus: tuple[str, ...]) -> Here:
         detail = "kernels compiled ahead; programs in plain torch on the CPU"
         return Here(target="cuda", can="compiles", detail=detail, missing="a GPU that torch can use")
     hint = "pip install 'vdq-export[cuda]', and a GPU that torch can use"
-    return Here(target="cuda", can="writes", detail="graphs; programs in plain torch on the CPU", missing=hint)
+    return Here(target="cuda", can="writes", detail="graphs (--isa jit)", missing=hint)
 
 
 def _gpus() -> tuple[str, ...]:

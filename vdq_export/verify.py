@@ -166,9 +166,18 @@ class _Network:
 
 
 def count_kernels(bundle: Bundle) -> tuple[KernelCount, list[str]]:
-    """Planned integer linears over all bins, those onnxruntime runs as such, and the others' names."""
+    """Planned integer linears over all bins, those that run as such, and the others' names.
+
+    Asked is onnxruntime's optimised graph, or the target's own programs where it has some.
+    """
     target = targets.load(bundle.manifest.target)
-    planned, floating = 0, []
+    planned, floating = 0, list[str]()
+    if (fused_layers := getattr(target, "fused_layers", None)) is not None:
+        for plan, one in ((whose, one) for whose in bundle.plans for one in whose.bins):
+            fused: dict[str, bool] = fused_layers(bundle.path, one.index, plan)
+            planned += len(fused)
+            floating += [f"{layer} in {one.name}" for layer, is_fused in fused.items() if not is_fused]
+        return KernelCount(planned=planned, executed=planned - len(floating)), floating
     with tempfile.TemporaryDirectory() as folder:
         for plan, one in ((whose, one) for whose in bundle.plans for one in whose.bins):
             path = Path(folder) / f"{one.name}.onnx"

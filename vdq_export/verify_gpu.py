@@ -22,14 +22,13 @@ from vdq_export.device_checks import Noise, bin_failures, calls_by_bin, inputs_o
 from vdq_export.graph import Graph
 from vdq_export.model import Model, Step
 from vdq_export.progress import Reporter
-from vdq_export.report.data import KernelCount, LayerQuality, VerifyReport
+from vdq_export.report.data import LayerQuality, VerifyReport
 from vdq_export.report.device import DeviceBin, DeviceReport
 from vdq_export.runtime import load
 from vdq_export.runtime.ahead import Ahead
 from vdq_export.runtime.device import DeviceAhead, DeviceEngine, checked
-from vdq_export.targets import cuda
 from vdq_export.trace import OUTPUT
-from vdq_export.verify import Clips
+from vdq_export.verify import Clips, count_kernels
 
 
 def verify_gpu(
@@ -69,17 +68,7 @@ def verify_gpu(
         clips=len(made.reference),
         clip_seconds=seconds,
     )
-    return verdict(bundle, model, told, fused_kernels(bundle), layers, made)
-
-
-def fused_kernels(bundle: Bundle) -> KernelCount:
-    """Linears over all bins that are planned with quantized inputs, and those that the programs run fused."""
-    planned = executed = 0
-    for plan in bundle.plans:
-        fused = cuda.fused_layers(bundle.path, plan)
-        planned += len(fused) * len(plan.bins)
-        executed += sum(fused.values()) * len(plan.bins)
-    return KernelCount(planned=planned, executed=executed)
+    return verdict(bundle, model, told, count_kernels(bundle)[0], layers, made)
 
 
 def _measure(

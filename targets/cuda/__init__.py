@@ -97,14 +97,14 @@ def integer_layers(optimised_model: Path, plan: QuantPlan) -> dict[str, bool]:
     return {}
 
 
-def fused_layers(root: Path, plan: QuantPlan) -> dict[str, bool]:
-    """For each layer of `plan` with quantized inputs: do the programs of the bundle in `root` run it fused?
+def fused_layers(root: Path, index: int, plan: QuantPlan) -> dict[str, bool]:
+    """For each layer of `plan` with quantized inputs: does the program of bin `index` run it fused?
 
-    They do where a Linear takes its weight.
+    root: of the bundle. It does where a Linear takes the layer's weight.
     """
     from vdq_export.targets.cuda.programs import linears
 
-    found = linears(root, {one.index for one in plan.bins})
+    found = linears(root, index)
     return {
         layer.name: layer.name in found
         for layer in plan.of_bins().layers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -54,11 +53,11 @@ class Programs(_Data, frozen=True):
         return decode(data, Programs, PROGRAMS, BundleError)
 
 
-def linears(root: Path, bins: Collection[int]) -> set[str]:
-    """Layers that the programs of the bundle in `root` for some of `bins` run as Linear on quantized inputs."""
+def linears(root: Path, index: int) -> set[str]:
+    """Layers that the program for bin `index` of the bundle in `root` runs as Linear on quantized inputs."""
     found = set()
     for program in Programs.from_json((root / PROGRAMS).read_bytes()).programs:
-        if set(bins) & set(program.bins):
+        if index in program.bins:
             for node in onnx.load(root / program.graph, load_external_data=False).graph.node:
                 if node.domain == DOMAIN and node.op_type == "Linear" and _operand(node, "x_scale"):
                     found.add(_operand(node, "weight").rpartition(".weight")[0])
