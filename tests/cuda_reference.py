@@ -48,12 +48,13 @@ def _rows(x: Array, like: Array) -> Array:
 
 
 def _activation(x: Array, kind: str) -> Array:
-    factors = {
-        "gelu_tanh": lambda: (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
-        "gelu_erf": lambda: (1 + _ERF(x / np.sqrt(2))) / 2,
-        "silu": lambda: 1 / (1 + np.exp(-x)),
-    }
-    made: Array = x * factors[kind]() if kind != "none" else x
+    made: Array = x
+    if kind == "gelu_tanh":
+        made = x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    elif kind == "gelu_erf":
+        made = x / 2 * (1 + _ERF(x / np.sqrt(2)))
+    elif kind == "silu":
+        made = x / (1 + np.exp(-x))
     return made
 
 

@@ -43,6 +43,6 @@ def _trim(graph: Graph, node: Node) -> int:
         values[:, offset : offset + size] = table.values[:, begin : begin + size]
         pick.attrs["offset"] = offset
         offset += -(-size // LINE) * LINE
-    freed = int(table.values.shape[1]) - width
+    freed: int = table.values.shape[1] - width
     table.values, row.shape = values, [width]
     return freed
