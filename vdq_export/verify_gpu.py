@@ -36,8 +36,8 @@ def verify_gpu(
     model: Model | str | None = None,
     *,
     device: Literal["cuda", "cuda-torch"] = "cuda",
-    dtype: str = "bfloat16",
-    steps: int = 2,
+    dtype: str = "float16",
+    steps: int = 5,
     clips: int = 1,
     reporter: Reporter | None = None,
 ) -> VerifyReport:

@@ -43,13 +43,8 @@ def _compile(writer: BundleWriter, graphs: Sequence[Path], archs: Sequence[str])
     """Kernels of all graphs into the bundle; Triton's version. Which ones is seen by running them without values."""
     triton = vendor_tool.module("triton", "triton", "pip install 'vdq-export[cuda]', or --isa jit")
     from vdq_export.targets.cuda import aot
-    from vdq_export.targets.cuda.lower import lower
 
-    def run() -> None:
-        for path in graphs:
-            program = lower(path, device="meta")
-            program({one.name: torch.empty(one.shape, dtype=one.dtype, device="meta") for one in program.inputs})
-
-    for path, data in aot.compile_all(aot.record_all(run, archs)):
+    launches = {one for path in graphs for one in aot.launches_of(path, dtype=torch.float16, archs=archs)}
+    for path, data in aot.compile_all(sorted(launches)):
         writer.add_file(path, data)
     return str(triton.__version__)

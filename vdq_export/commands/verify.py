@@ -26,13 +26,11 @@ _on_device = together(
     click.option(
         "--dtype",
         type=click.Choice(["bfloat16", "float16", "float32"]),
-        default="bfloat16",
+        default="float16",
         show_default=True,
         help="On cuda: floats between the kernels.",
     ),
-    click.option(
-        "--steps-per-bin", type=click.IntRange(min=1), default=2, show_default=True, help="Calls of each bin there."
-    ),
+    click.option("--steps-per-bin", type=click.IntRange(min=1), help="Calls of each bin there; 2, on cuda 5."),
     click.option("--bisect", is_flag=True, help="Name the first operator that differs there, where a bin fails."),
     click.option("--out", type=click.Path(path_type=Path), help="Save that operator alone here, with its inputs."),
 )
@@ -60,7 +58,7 @@ def verify_command(
     device: str | None,
     arch: str,
     dtype: str,
-    steps_per_bin: int,
+    steps_per_bin: int | None,
     bisect: bool,
     out: Path | None,
     as_json: bool,
@@ -89,10 +87,10 @@ def verify_command(
         on: Any = device
         count = DEVICE_CLIPS if clips is None else clips
         told = reporter(verbose, quiet)
-        report = verify_gpu(opened, model, device=on, dtype=dtype, steps=steps_per_bin, clips=count, reporter=told)
+        report = verify_gpu(opened, model, device=on, dtype=dtype, steps=steps_per_bin or 5, clips=count, reporter=told)
     else:
         count = DEVICE_CLIPS if clips is None else clips
-        choices = Choices(arch=arch, steps=steps_per_bin, clips=count, bisect=bisect, out=out)
+        choices = Choices(arch=arch, steps=steps_per_bin or 2, clips=count, bisect=bisect, out=out)
         report = verify_device(opened, model, choices, reporter(verbose, quiet))
     if save:
         opened.attach(f"report/{'report' if device is None else 'device'}.json", report.to_json())

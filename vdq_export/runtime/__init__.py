@@ -32,7 +32,7 @@ def load(
     policy: str | None = None,
     verify_hashes: bool = True,
     device: str | None = None,
-    dtype: str = "bfloat16",
+    dtype: str = "float16",
 ) -> Transformer:
     """Open the bundle at `path` and return a drop-in for `pipe.transformer`.
 
