@@ -29,7 +29,7 @@ def export(out: Path, recipe: str = "static-asq") -> Path:
     return out
 
 
-def quality(bundle: Path, dtypes: tuple[str, ...] = ("bfloat16", "float16", "float32")) -> list[dict[str, Any]]:
+def quality(bundle: Path, dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")) -> list[dict[str, Any]]:
     """PSNR of clips from the GPU against onnxruntime's, for each type of floats between kernels."""
     sampler: Any = sources.resolve(SAMPLE).sampler
     with vdq_export.load(bundle) as reference:

@@ -61,7 +61,7 @@ def measure(name: str, folder: Path, *, torchao: bool = True) -> list[dict[str, 
 
 def program(name: str, folder: Path) -> tuple[Program, dict[str, torch.Tensor]]:
     """(the program, captured; random inputs)"""
-    made = lower(graphs.materialize(name, folder), device="cuda").capture()
+    made = lower(graphs.materialize(name, folder), device="cuda", dtype=torch.float16).capture()
     random = torch.Generator("cuda").manual_seed(0)
     feeds = {
         one.name: torch.randn(one.shape, generator=random, device="cuda").to(one.dtype)
