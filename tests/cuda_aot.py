@@ -52,6 +52,20 @@ def make(folder: Path) -> object:
     return {"launches": len(launches), "said": said}
 
 
+def record_again(folder: Path) -> object:
+    """How many launches are written down before Triton has compiled them, and after."""
+    from triton import knobs
+
+    from vdq_export.targets.cuda.aot_launch import preload, record, stand_in
+
+    launches = record(CASES[CASE].program, "sm_90")
+    with knobs.cache.scope(), stand_in("sm_90"):
+        knobs.cache.dir = str(folder)
+        for one in launches:
+            preload(one)
+    return [len(launches), len(record(CASES[CASE].program, "sm_90"))]
+
+
 def record_block(folder: Path) -> object:
     """The kernels of a quantized block for sm_90, by meta tensors; and whether real tensors launch the same."""
     from tests.cuda_blocks import INT8, Block
@@ -140,7 +154,7 @@ def _no_device() -> Iterator[list[object]]:
 
 
 def _step(name: str, folder: str) -> object:
-    steps = (make, record_block, install, install_elsewhere, install_other_source, run, run_bare)
+    steps = (make, record_again, record_block, install, install_elsewhere, install_other_source, run, run_bare)
     return {one.__name__: one for one in steps}[name](Path(folder))
 
 

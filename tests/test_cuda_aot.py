@@ -121,6 +121,10 @@ def test_no_path_of_this_machine_is_in_the_bundle(made: Path) -> None:
     assert not [place for place in made.rglob("*") if place.is_file() and here in place.read_bytes()]
 
 
+def test_compiled_kernels_are_written_down_too(fresh: Step, tmp_path: Path) -> None:
+    assert fresh("record_again", tmp_path) == [1, 1]
+
+
 def test_meta_tensors_launch_what_real_ones_do(step: Step, tmp_path: Path) -> None:
     told = step("record_block", tmp_path)
     assert told == {"kernels": ["_rows", "attention_int8", "linear_int8", "rope"], "same": True}

@@ -23,6 +23,18 @@ def test_compiled_as_written(compiler: Compiler, name: str) -> None:
     assert wrong(CASES[name], compiler.compiled(name)) == []
 
 
+# One of each kernel. sm_89 multiplies as sm_120 does, with the same shared memory.
+ELSEWHERE = {"sm_80": r"mma\.sync", "sm_100": r"tcgen05\.mma", "sm_120": r"mma\.sync"}
+KINDS = ("int8 gate residual", "int4", "fp8", "weight-only int4 groups", "attention")
+
+
+@pytest.mark.parametrize("arch", ELSEWHERE)
+@pytest.mark.parametrize("name", [*KINDS, "normalize fp8", "rope codes"])
+def test_compiled_for_other_architectures(compiler: Compiler, name: str, arch: str) -> None:
+    forms = (ELSEWHERE[arch],) if name in KINDS else ()
+    assert wrong(Case(CASES[name].program, forms), compiler.compiled(name, arch), arch) == []
+
+
 FAULTS = {
     "not K-major": BYTE_BY_BYTE,
     "too few rows for wgmma": "no wgmma",

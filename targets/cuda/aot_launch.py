@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import count
 from typing import Any
 
 import triton
@@ -22,6 +23,7 @@ from triton.runtime.driver import driver
 from vdq_export.errors import VdqError
 from vdq_export.targets.cuda.kernels import _backend, _config
 
+_NUMBERS = count(1000)  # of stand-ins; no real device has one of these
 PACKAGE = "vdq_export.targets.cuda.kernels."
 
 
@@ -103,10 +105,11 @@ class _StandIn:
 
     def __init__(self, capability: int) -> None:
         self._capability = capability
+        # Triton remembers compiled kernels by the device's number, and launches them without calling the hook.
+        self._number = next(_NUMBERS)
 
     def get_current_device(self) -> int:
-        # Triton remembers compiled kernels by this number, and a real device may carry the small ones.
-        return 1000 + self._capability
+        return self._number
 
     def get_current_stream(self, device: int) -> int:
         return 0
