@@ -91,6 +91,7 @@ class BundleWriter:
         path = f"{GRAPHS}/{name}.onnx"
         with _one_line(self.out):
             self._store.externalise(model, arrays or {})
+            self._store.flush()  # targets read their graphs back before the bundle is done
         self.add_file(path, model.SerializeToString(deterministic=True))
         return path
 

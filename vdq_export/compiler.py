@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from vdq_export import hand_off, hoisting, hoisting_parts, pipeline, sources, targets
+from vdq_export import hand_off, hoisting, hoisting_parts, pipeline, report_parts, sources, targets
 from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter, signature_of
@@ -35,6 +35,7 @@ from vdq_export.planned import Part, Planned
 from vdq_export.policy import CachePolicy, Probe
 from vdq_export.progress import Reporter
 from vdq_export.recipe import Recipe
+from vdq_export.report import ranges
 from vdq_export.schedule import Schedule
 from vdq_export.target_spec import TargetSpec
 from vdq_export.trace import trace
@@ -158,6 +159,7 @@ def finish(
     reports, graphs = quantize(planned, writer, dump=dump, reporter=reporter)
     hoisted, told = hoisting_parts.write(planned, writer, reporter)
     _tell(planned.reports + reports + told, strict, reporter)
+    report_parts.write(planned, planned.reports + reports + told, writer)
     if planned.spec.hand_off:
         hand_off.write(writer, graphs, planned.spec, strict=strict, reporter=reporter)
     if (extra := _own_weights(planned)) > 0:
@@ -233,7 +235,8 @@ def _plan_network(
             plans = tuple(plan_attentions(plan, body, record) for plan in plans)
             if spec.every_operator:
                 plans = _plan_values(plans, floated, body, model, solved, settings)
-            parts.append(Part(body, plans, solved.tensors, signature, hoisted, probe))
+            seen = ranges.measure(record, plans[0])
+            parts.append(Part(body, plans, solved.tensors, signature, hoisted, probe, seen))
     return parts, reports
 
 

@@ -28,7 +28,7 @@ def write(planned: Planned, writer: BundleWriter, reporter: Reporter) -> tuple[t
     entries, networks, passes = list[Hoisted](), list[NetworkReport](), list[PassReport]()
     for part in planned.parts:
         if part.hoisted is not None and part.hoisted.ahead():
-            name = _name(part, planned)
+            name = part_name(part, planned)
             entries.append(_write(part, name, writer, passes))
             networks.append(_report(part.hoisted, name))
             reporter.note(networks[-1].in_words())
@@ -37,7 +37,7 @@ def write(planned: Planned, writer: BundleWriter, reporter: Reporter) -> tuple[t
     return tuple(entries), passes
 
 
-def _name(part: Part, planned: Planned) -> str:
+def part_name(part: Part, planned: Planned) -> str:
     """ "", or the expert, or the bin that has weights of its own."""
     plan = part.plans[0]
     alone = sum(one.plans[0].expert == plan.expert for one in planned.parts) == 1

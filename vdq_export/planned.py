@@ -15,6 +15,7 @@ from vdq_export.manifest import Signature
 from vdq_export.model import Model
 from vdq_export.plan import QuantPlan
 from vdq_export.recipe import Recipe
+from vdq_export.report.ranges import NetworkRanges
 from vdq_export.target_spec import TargetSpec
 
 
@@ -23,7 +24,7 @@ class Part:
     """One set of weights: the float graph with smoothing and rotation carried out, and what quantizes it.
 
     Several plans: the same weights under other activation precisions. signature: of the network. hoisted: what left the
-    graph, which then is its body. probe: what step reuse needs of this network.
+    graph, which then is its body. probe: what step reuse needs of this network. ranges: what its linears read.
     """
 
     graph: Graph
@@ -32,6 +33,7 @@ class Part:
     signature: Signature
     hoisted: Hoisted | None = None
     probe: Learnt | None = None
+    ranges: NetworkRanges | None = None
 
 
 @dataclass(frozen=True)

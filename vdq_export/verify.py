@@ -19,12 +19,13 @@ from vdq_export.bundle import Bundle
 from vdq_export.contract import PassContext
 from vdq_export.errors import BundleError, ModelError
 from vdq_export.graph import Array, Graph
+from vdq_export.growth import Growth, mean
 from vdq_export.metrics import decibels, psnr_db
 from vdq_export.model import Model, Trajectory
 from vdq_export.plan import QuantPlan
 from vdq_export.progress import Reporter
 from vdq_export.recipe import VerifyRecipe
-from vdq_export.report.data import JudgeScores, KernelCount, LayerQuality, VerifyReport
+from vdq_export.report.data import JudgeScores, KernelCount, LayerQuality, StepError, VerifyReport
 from vdq_export.runtime import load
 from vdq_export.runtime.ahead import Ahead
 from vdq_export.trace import OUTPUT, trace
@@ -52,10 +53,11 @@ class _Energy:
 
 @dataclass
 class Clips:
-    """The same cases by the float model and by the bundle, [C, F, H, W] in [0, 1] each."""
+    """The same cases by the float model and by the bundle, [C, F, H, W] in [0, 1] each; growth: of each case."""
 
     reference: list[Array] = field(default_factory=list)
     quantized: list[Array] = field(default_factory=list)
+    growth: list[list[StepError]] = field(default_factory=list)
 
     def mean_psnr_db(self) -> float:
         return float(np.mean([_bounded(psnr_db(a, b)) for a, b in zip(self.reference, self.quantized, strict=True)]))
@@ -64,7 +66,14 @@ class Clips:
 def verify(
     bundle: Bundle, model: Model | str | None = None, *, clips: int | None = None, reporter: Reporter | None = None
 ) -> VerifyReport:
-    """Measure `bundle` against its float model and judge it by its recipe's thresholds.
+    """Measure `bundle` against its float model and judge it by its recipe's thresholds; see measure()."""
+    return measure(bundle, model, clips=clips, reporter=reporter)[0]
+
+
+def measure(
+    bundle: Bundle, model: Model | str | None = None, *, clips: int | None = None, reporter: Reporter | None = None
+) -> tuple[VerifyReport, Clips]:
+    """The verdict on `bundle`, and the clips it was judged by.
 
     model: the float model; by default the one the manifest names. clips: whole clips to compare, given a sampler;
     None: as many as it says (`clips`), else CLIPS.
@@ -92,7 +101,7 @@ def verify(
     kernels, floating = count_kernels(bundle)
     count = getattr(model.sampler, "clips", CLIPS) if clips is None else clips
     made = make_clips(bundle, model, count, reporter)
-    return _verdict(bundle, model, thresholds, layers, kernels, floating, made)
+    return _verdict(bundle, model, thresholds, layers, kernels, floating, made), made
 
 
 def _check_identity(bundle: Bundle, model: Model, traced: str) -> None:
@@ -206,8 +215,10 @@ def make_clips(
     loaded = load(bundle.path, policy=policy, providers=providers)
     with reporter.stage("generate clips") as advance, loaded as transformer:
         for case in range(count):
-            made.reference.append(model.sampler.generate(model.module, case))
-            made.quantized.append(model.sampler.generate(transformer, case))
+            growth = Growth(model.timestep_input)
+            made.reference.append(model.sampler.generate(model.module, case, growth.reference))
+            made.quantized.append(model.sampler.generate(transformer, case, growth.quantized))
+            made.growth.append(growth.steps)
             advance(case + 1, count)
     return made
 
@@ -245,6 +256,7 @@ def _verdict(
         judge=scores,
         layers=tuple(layers),
         failures=tuple(failures),
+        growth=mean(made.growth),
     )
 
 

@@ -132,6 +132,11 @@ class WeightStore:
         kept = np.memmap(self._path, dtype, "r", stored.offset, shape)
         return lambda: kept
 
+    def flush(self) -> None:
+        """Let others read what was put."""
+        if self._file:
+            self._file.flush()
+
     def close(self) -> tuple[int, str]:
         """Flush to disk; returns (size, sha256) of the store."""
         if self._file:

@@ -38,10 +38,20 @@ class LayerQuality(_Data, frozen=True):
     worst_step: float
 
 
+class StepError(_Data, frozen=True):
+    """SQNR (dB), mean over clips, of the latents that the step at t is given: made by the bundle, against the float
+    model's own.
+    """
+
+    t: float
+    sqnr_db: float
+
+
 class VerifyReport(_Data, frozen=True):
     """The verdict, its measurements, and one line for each threshold missed. psnr_db: final clip against float.
 
     device: what was measured there with `verify --device`; clips, judge, layers and kernels are then the device's too.
+    growth: how the error grows along the clips' trajectories, without the first step, which both start from.
     """
 
     verdict: Literal["pass", "fail"]
@@ -52,6 +62,7 @@ class VerifyReport(_Data, frozen=True):
     layers: tuple[LayerQuality, ...] = ()
     failures: tuple[str, ...] = ()
     device: DeviceReport | None = None
+    growth: tuple[StepError, ...] = ()
     format: Literal[1] = 1
 
     def to_json(self) -> bytes:

@@ -13,12 +13,16 @@ from vdq_export.manifest import Manifest
 from vdq_export.plan import QuantPlan
 from vdq_export.report.data import VerifyReport
 from vdq_export.report.hoisting import HoistingReport
+from vdq_export.report.passes import PassesReport
+from vdq_export.report.ranges import RangesReport
 from vdq_export.schedule import Schedule
 
 TYPES: dict[str, type[msgspec.Struct]] = {
     "hoisting": HoistingReport,
     "manifest": Manifest,
+    "passes": PassesReport,
     "plan": QuantPlan,
+    "ranges": RangesReport,
     "report": VerifyReport,
     "schedule": Schedule,
 }
