@@ -46,7 +46,7 @@ def engine(bundle: Bundle, dtype: str = "float32") -> DeviceEngine:
     return DeviceEngine(bundle, bundle.schedule, DeviceAhead(bundle, bundle.schedule, CPU), CPU, dtype)
 
 
-def outputs(bundle: Bundle, model: Model, row: int | None = None) -> list[tuple[Any, Any]]:
+def outputs(bundle: Bundle, row: int | None = None) -> list[tuple[Any, Any]]:
     """(onnxruntime's exact output, the program's) of one call of each bin; row: of the table, instead of the bin's."""
     found, ahead, device = [], Ahead(bundle), engine(bundle)
     for index in range(len(bundle.schedule.bins)):
@@ -60,14 +60,14 @@ def outputs(bundle: Bundle, model: Model, row: int | None = None) -> list[tuple[
     return found
 
 
-def test_one_program_serves_all_bins_and_computes_what_onnxruntime_does(bundle: Bundle, tiny: Model) -> None:
+def test_one_program_serves_all_bins_and_computes_what_onnxruntime_does(bundle: Bundle) -> None:
     (program,) = programs_of(bundle).programs
     assert program.bins == (0, 1)
-    for expected, found in outputs(bundle, tiny):
-        assert sqnr_db(expected, found) > AGREE_DB
-    # The other bin's row is another function: the check above would see a table that is read at the wrong place.
-    (_, (expected, found)) = outputs(bundle, tiny, row=0)
-    assert sqnr_db(expected, found) < AGREE_DB
+    right = [sqnr_db(expected, found) for expected, found in outputs(bundle)]
+    assert min(right) > AGREE_DB
+    # The other bin's row is another function: the check would see a table that is read at the wrong place.
+    wrong = [sqnr_db(expected, found) for expected, found in outputs(bundle, row=0)]
+    assert wrong[0] == right[0] and wrong[1] < right[1] - 6.0
 
 
 def test_all_planned_linears_and_attentions_are_fused(bundle: Bundle) -> None:
