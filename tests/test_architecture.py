@@ -64,6 +64,7 @@ LAYERS = {
     "vdq_export.hoisting": 2,
     "vdq_export.planned": 3,
     "vdq_export.hoisting_parts": 4,
+    "vdq_export.report_parts": 4,
     "vdq_export.compiler": 4,
     "vdq_export.recording": 4,
     "vdq_export.quality": 4,

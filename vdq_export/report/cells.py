@@ -1,0 +1,155 @@
+"""The heat map's cells: everything that is known of one layer in one bin, in words and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypedDict
+
+from vdq_export.metrics import LIMIT_DB
+from vdq_export.plan import Bin, LayerPlan, QuantPlan
+from vdq_export.report.content import Content
+from vdq_export.report.data import LayerQuality
+
+OUTPUT = "network output"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One layer in one bin, as the page shows it. sqnr_db: None where nothing was measured.
+
+    state: "ok", "low" (below the recipe's threshold), "float" (not quantized) or "open" (not measured).
+    """
+
+    layer: str
+    bin: str
+    when: str
+    sqnr_db: float | None
+    state: str
+    sqnr: str
+    worst: str
+    numbers: str
+    range: str
+    clip: str
+    alpha: str
+    rank: str
+    place: str
+    why: str
+
+
+def cells(content: Content) -> list[Cell]:
+    """All cells: bin by bin, layers in the order of the network, its output last."""
+    measured = {(one.layer, one.bin): one for one in content.verify.layers} if content.verify else {}
+    found = []
+    for plan in content.bundle.plans:
+        limit = plan.recipe.verify.min_layer_sqnr_db
+        for one in plan.bins:
+            place = plan.place(one)
+            for layer in plan.layers:
+                quality = measured.pop((layer.name, one.index), None)
+                found.append(_cell(content, plan, layer, one, place, quality, limit))
+            found += [_output(one, quality, limit) for quality in _rest(measured, one.index)]
+    return found
+
+
+def _rest(measured: Mapping[tuple[str, int], LayerQuality], index: int) -> list[LayerQuality]:
+    """What verify measured that is no layer: the network's output."""
+    return [quality for (_, bin), quality in measured.items() if bin == index]
+
+
+def _output(one: Bin, quality: LayerQuality, limit: float) -> Cell:
+    return Cell(
+        layer=OUTPUT,
+        bin=one.name,
+        when=when(one),
+        **_measured(quality, limit, True),
+        numbers="float",
+        range="",
+        clip="",
+        alpha="",
+        rank="",
+        place="",
+        why="what the whole network gives, fed with the float model's inputs",
+    )
+
+
+def _cell(
+    content: Content,
+    plan: QuantPlan,
+    layer: LayerPlan,
+    one: Bin,
+    place: int,
+    quality: LayerQuality | None,
+    limit: float,
+) -> Cell:
+    span, clip = _range(layer, place)
+    return Cell(
+        layer=layer.name,
+        bin=one.name,
+        when=when(one),
+        **_measured(quality, limit, layer.quantized),
+        numbers=_numbers(layer),
+        range=span,
+        clip=clip,
+        alpha=f"{layer.smoothing.alpha:g}" if layer.smoothing else "none",
+        rank=f"{layer.low_rank.rank} (error {layer.low_rank.error:.3g})" if layer.low_rank else "none",
+        place=(content.passes.place_of(layer.value) if content.passes else "") or "nothing folded",
+        why=_why(layer),
+    )
+
+
+class _Measured(TypedDict):
+    sqnr_db: float | None
+    state: str
+    sqnr: str
+    worst: str
+
+
+def _measured(quality: LayerQuality | None, limit: float, quantized: bool) -> _Measured:
+    if quality is None:
+        state = "open" if quantized else "float"
+        return {"sqnr_db": None, "state": state, "sqnr": "not measured" if quantized else "float", "worst": ""}
+    db = quality.sqnr_db
+    text = "no difference" if db >= LIMIT_DB else f"{db:.1f} dB"
+    worst = f"worst at t={quality.worst_step:g}"
+    return {"sqnr_db": db, "state": "low" if db < limit else "ok", "sqnr": text, "worst": worst}
+
+
+def when(one: Bin) -> str:
+    """The timesteps and calls of a bin, in words."""
+    extra = [one.branch if one.branch != "any" else "", one.expert]
+    return ", ".join([f"t {one.t[0]:g} … {one.t[1]:g}", f"{len(one.steps)} steps", *filter(None, extra)])
+
+
+def _numbers(layer: LayerPlan) -> str:
+    """Types of weight and activation."""
+    if not layer.quantized or layer.weight is None:
+        return "float"
+    weight = f"W{layer.weight.bits} {layer.weight.grid if layer.weight.grid != 'int' else layer.weight.dtype}"
+    grouped = f", groups of {layer.weight.group}" if layer.weight.group else ", a scale a channel"
+    if layer.activation_dtype == "float":
+        return f"{weight}{grouped}; activation float"
+    return f"{weight}{grouped}; A{layer.activation_bits} {layer.activation_dtype}"
+
+
+def _range(layer: LayerPlan, place: int) -> tuple[str, str]:
+    """(range of the activation in this bin, how it was chosen)"""
+    if layer.activation:
+        one = layer.activation[place]
+        return f"{one.lo:.4g} … {one.hi:.4g}, scale {one.scale:.4g}, zero point {one.zero_point}", one.why
+    if layer.dynamic:
+        found = layer.dynamic[place]
+        return f"at run time, per {found.kind}, {found.ratio:.0%} of the extremes", found.why
+    return "none", ""
+
+
+def _why(layer: LayerPlan) -> str:
+    if layer.keep_float:
+        return f"kept in float: {layer.keep_float}"
+    hoisted = f"in the {layer.hoisted} graph, ahead of the steps" if layer.hoisted else ""
+    weight = f"weight: {layer.weight.why}" if layer.weight else ""
+    smoothing = f"smoothing: {layer.smoothing_why}" if layer.smoothing_why else ""
+    rotation = f"rotation: {layer.rotation_why}" if layer.rotation_why else ""
+    rank = f"branch: {layer.low_rank.why}" if layer.low_rank else ""
+    bits = f"bits: {layer.bits_why}" if layer.bits_why else ""
+    return "; ".join(filter(None, (hoisted, weight, smoothing, rotation, rank, bits)))
