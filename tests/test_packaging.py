@@ -14,7 +14,7 @@ import pytest
 from tests.staging import ROOT, copy_sources, install, pip
 
 FOLDERS = ("vdq_export", "passes", "calib", "targets", "samples")
-KINDS = (".py", ".toml", ".json", ".safetensors", ".mjs", ".html", ".css")
+KINDS = (".py", ".toml", ".json", ".safetensors", ".mjs", ".js", ".html", ".css")
 
 
 @pytest.fixture(scope="module")
