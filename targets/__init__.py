@@ -2,7 +2,7 @@
 
 A target module has NAME, PASSES (its own passes, after `qdq`), `spec(isa=None) -> TargetSpec`,
 `session_options(spec) -> dict` and `integer_layers(optimised_model, plan) -> {layer: bool}`. It may have FORMS (exact
-rewrites of the float graph that its compiler needs, before calibration) and `hand_off(writer, {path: graph}, spec)`,
+rewrites of the float graph that its compiler needs, before calibration) and `hand_off(writer, {path: graph}, spec, reporter)`,
 which writes its files below handoff/ and returns the graphs to lint where they are not the bundle's own.
 """
 

@@ -20,6 +20,7 @@ from vdq_export.graph import Graph
 from vdq_export.jsonfile import encode
 from vdq_export.openvino_runtime import SETTINGS
 from vdq_export.plan import IntType, QuantPlan
+from vdq_export.progress import Reporter
 from vdq_export.target_spec import Capability, TargetSpec
 from vdq_export.targets import _onnxruntime
 
@@ -110,7 +111,7 @@ def session_options(spec: TargetSpec) -> dict[str, str]:
     return {}
 
 
-def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec) -> None:
+def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec, reporter: Reporter) -> None:
     """Write the settings that every graph is to be compiled with."""
     recipe = Recipe(tool=NAME, tried=TRIED, device="CPU", settings=SETTINGS, graphs=tuple(sorted(graphs)))
     writer.add_file(HANDOFF, encode(recipe, HANDOFF))

@@ -16,6 +16,7 @@ from vdq_export.bundle_writer import BundleWriter
 from vdq_export.errors import UnknownNameError
 from vdq_export.graph import Graph
 from vdq_export.plan import QuantPlan
+from vdq_export.progress import Reporter
 from vdq_export.target_spec import Capability, TargetSpec
 from vdq_export.targets._tensorrt_types import HALF, four_bits, half
 from vdq_export.weight_store import WeightStore
@@ -94,7 +95,9 @@ def spec(isa: str | None = None) -> TargetSpec:
     )
 
 
-def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec) -> dict[str, Graph]:
+def hand_off(
+    writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec, reporter: Reporter
+) -> dict[str, Graph]:
     """handoff/tensorrt/: the graphs in TensorRT's types over one weight file, and the commands that build engines."""
     handed = {}
     with WeightStore(writer.file(f"{FOLDER}/{WEIGHTS}"), WEIGHTS) as store:

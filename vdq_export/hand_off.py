@@ -26,7 +26,7 @@ def write(
     """
     own = getattr(targets.load(spec.name), "hand_off", None)
     if own is not None:
-        graphs = own(writer, graphs, spec) or graphs
+        graphs = own(writer, graphs, spec, reporter) or graphs
     if not has_rules(spec.name):
         return
     found = lint_graphs(graphs, default_profile(spec.name, spec.isa))

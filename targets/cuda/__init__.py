@@ -15,6 +15,7 @@ from vdq_export.bundle_writer import BundleWriter
 from vdq_export.errors import UnknownNameError
 from vdq_export.graph import Graph
 from vdq_export.plan import QuantPlan
+from vdq_export.progress import Reporter
 from vdq_export.target_spec import Capability, TargetSpec
 
 NAME = "cuda"
@@ -112,7 +113,7 @@ def fused_layers(root: Path, index: int, plan: QuantPlan) -> dict[str, bool]:
     }
 
 
-def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec) -> None:
+def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec, reporter: Reporter) -> None:
     """Write the programs that the GPU runs, and their kernels.
 
     Raises MissingToolError without Triton unless no kernels are compiled ahead.
@@ -120,4 +121,4 @@ def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec
     from vdq_export.targets.cuda import build  # torch, which listing targets does without
 
     archs = {EVERY: ISAS, NONE: ()}.get(spec.isa, (spec.isa,))
-    build.write(writer, graphs, archs)
+    build.write(writer, graphs, archs, reporter)

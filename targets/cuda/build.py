@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,13 +12,14 @@ from vdq_export import vendor_tool
 from vdq_export.bundle_writer import BundleWriter
 from vdq_export.contract import PassReport
 from vdq_export.graph import Graph
+from vdq_export.progress import Reporter
 from vdq_export.runtime import families
 from vdq_export.targets.cuda import fuse
 from vdq_export.targets.cuda.merge import merge
 from vdq_export.targets.cuda.programs import PROGRAMS, Fused, Program, Programs
 
 
-def write(writer: BundleWriter, graphs: Mapping[str, Graph], archs: Sequence[str]) -> None:
+def write(writer: BundleWriter, graphs: Mapping[str, Graph], archs: Sequence[str], reporter: Reporter) -> None:
     """graphs: {bundle path: graph}, bin by bin; the files are there already. archs: to compile kernels for.
 
     Raises MissingToolError without Triton where there are any.
@@ -29,7 +31,7 @@ def write(writer: BundleWriter, graphs: Mapping[str, Graph], archs: Sequence[str
         fused = tuple(map(_told, fuse.run(merged)))
         path = writer.add_graph(f"cuda.{number:02d}", *merged.skeleton())
         programs.append(Program(graph=path, bins=family.bins, fused=fused))
-    triton = _compile(writer, [writer.file(one.graph) for one in programs], archs) if archs else ""
+    triton = _compile(writer, [writer.file(one.graph) for one in programs], archs, reporter) if archs else ""
     told = Programs(programs=tuple(programs), kernels=tuple(archs), triton=triton)
     writer.add_file(PROGRAMS, told.to_json())
 
@@ -39,12 +41,19 @@ def _told(report: PassReport) -> Fused:
     return Fused(name=report.name, applied=report.applied, skipped=skipped)
 
 
-def _compile(writer: BundleWriter, graphs: Sequence[Path], archs: Sequence[str]) -> str:
+def _compile(writer: BundleWriter, graphs: Sequence[Path], archs: Sequence[str], reporter: Reporter) -> str:
     """Kernels of all graphs into the bundle; Triton's version. Which ones is seen by running them without values."""
     triton = vendor_tool.module("triton", "triton", "pip install 'vdq-export[cuda]', or --isa jit")
     from vdq_export.targets.cuda import aot
 
-    launches = {one for path in graphs for one in aot.launches_of(path, dtype=torch.float16, archs=archs)}
-    for path, data in aot.compile_all(sorted(launches)):
-        writer.add_file(path, data)
+    launches = sorted({one for path in graphs for one in aot.launches_of(path, dtype=torch.float16, archs=archs)})
+    done = itertools.count(1)
+    with reporter.stage("compile kernels") as advance:
+
+        def say(text: str) -> None:
+            advance(min(next(done), len(launches)), len(launches))
+            reporter.note(text)
+
+        for path, data in aot.compile_all(launches, say=say):
+            writer.add_file(path, data)
     return str(triton.__version__)

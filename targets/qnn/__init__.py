@@ -16,6 +16,7 @@ from vdq_export.encodings import write_encodings
 from vdq_export.errors import UnknownNameError
 from vdq_export.graph import Graph
 from vdq_export.plan import QuantPlan
+from vdq_export.progress import Reporter
 from vdq_export.target_spec import Capability, TargetSpec
 
 NAME = "qnn"
@@ -70,7 +71,7 @@ def spec(isa: str | None = None) -> TargetSpec:
     )
 
 
-def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec) -> None:
+def hand_off(writer: BundleWriter, graphs: Mapping[str, Graph], spec: TargetSpec, reporter: Reporter) -> None:
     """AIMET encodings of every bin, for the converters of Qualcomm's own SDK."""
     write_encodings(writer, {PurePosixPath(path).stem: graph for path, graph in graphs.items()})
 
