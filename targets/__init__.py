@@ -2,8 +2,9 @@
 
 A target module has NAME, PASSES (its own passes, after `qdq`), `spec(isa=None) -> TargetSpec`,
 `session_options(spec) -> dict` and `integer_layers(optimised_model, plan) -> {layer: bool}`. It may have FORMS (exact
-rewrites of the float graph that its compiler needs, before calibration) and `hand_off(writer, {path: graph}, spec, reporter)`,
-which writes its files below handoff/ and returns the graphs to lint where they are not the bundle's own.
+rewrites of the float graph that its compiler needs, before calibration) and `hand_off(writer, {path: graph}, spec,
+reporter)`, which writes its files and returns the graphs to lint where they are not the bundle's own; and
+`fused_layers(root, bin, plan) -> {layer: bool}` where not onnxruntime's graph says what runs in integers.
 """
 
 from __future__ import annotations
