@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from vdq_export import interfaces
 from vdq_export.errors import BundleError
 from vdq_export.interfaces import Interface
-from vdq_export.manifest import MANIFEST, REPORT, SCHEDULE, FileEntry, Manifest, safe_path
+from vdq_export.manifest import MANIFEST, PAGE, REPORT, SCHEDULE, FileEntry, Manifest, safe_path
 from vdq_export.plan import Bin, QuantPlan
 from vdq_export.report.data import VerifyReport
 from vdq_export.schedule import Schedule
@@ -81,8 +81,8 @@ class Bundle:
 
     @property
     def size(self) -> int:
-        """Bytes of all files listed in the manifest."""
-        return sum(entry.size for entry in self.manifest.files)
+        """Bytes of all files listed in the manifest but the report page, which is for people and can be made again."""
+        return sum(entry.size for entry in self.manifest.files if entry.path != PAGE)
 
     def graph_path(self, bin: int | Bin) -> Path:
         """The .onnx file of a bin (its index or itself)."""

@@ -12,7 +12,7 @@ import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -118,10 +118,12 @@ class BundleWriter:
         schedule: Schedule,
         plans: Sequence[QuantPlan] = (),
         report: VerifyReport | None = None,
+        describe: Callable[[Bundle], Mapping[str, bytes]] | None = None,
     ) -> Bundle:
         """Write schedule, plans, report and manifest, check the whole, and put it in place.
 
-        manifest: everything but `files` and `tools`, which are filled in here. Returns the opened bundle.
+        manifest: everything but `files` and `tools`, which are filled in here. describe: what is to be added below
+        report/ about the bundle as it was checked. Returns the opened bundle.
         """
         self.add_file(SCHEDULE, schedule.to_json())
         for number, plan in enumerate(plans):
@@ -137,7 +139,9 @@ class BundleWriter:
             full = msgspec.structs.replace(manifest, files=entries, tools=tool_versions())
             self.add_file(MANIFEST, full.to_json())
             # Reads back every schema and reference. The hashes were taken on the way to the disk.
-            Bundle.open(self._folder, verify_hashes=False)
+            checked = Bundle.open(self._folder, verify_hashes=False)
+            if describe is not None:
+                checked.attach_files(describe(checked))
             for folder in [*(p for p in self._folder.rglob("*") if p.is_dir()), self._folder]:
                 sync_folder(folder)
             self._put_in_place()

@@ -85,6 +85,7 @@ def export(
     reporter: Reporter | None = None,
     work: Work | str | Path | None = None,
     engine: str = "local",
+    page: bool = True,
     **choices: Any,
 ) -> Bundle:
     """Compile `model` for `target` and write the bundle folder `out`; returns it opened.
@@ -92,7 +93,8 @@ def export(
     tsw: timestep bins: a number, "auto" or "all"; by default the recipe's. recipe: a name, a TOML file, or a Recipe.
     force: replace a bundle at `out`. strict: fail when a pass skipped a planned edit. work: folder of
     finished work, by default "OUT.work" until the bundle is there: an export that was cut short goes on from it.
-    engine: "local", "ray" or "ray://HOST:PORT". choices: what make_plan() takes. Raises VdqError subclasses.
+    engine: "local", "ray" or "ray://HOST:PORT". page: write report/report.html. choices: what make_plan() takes.
+    Raises VdqError subclasses.
     """
     reporter = reporter or Reporter()
     place = at_work(out, work=work, engine=engine, workers=choices.get("workers"))
@@ -101,7 +103,7 @@ def export(
         planned = make_plan(model, target=target, tsw=tsw, recipe=recipe, **choices)
         if settled.store is not None and settled.store.hits:
             reporter.warn(f"{settled.store.hits} results of finished work were taken from {settled.store.folder}")
-        return finish(planned, writer, strict=strict, dump=dump, reporter=reporter)
+        return finish(planned, writer, strict=strict, dump=dump, reporter=reporter, page=page)
 
 
 def make_plan(
@@ -153,6 +155,7 @@ def finish(
     strict: bool = False,
     dump: Dump | None = None,
     reporter: Reporter | None = None,
+    page: bool = False,
 ) -> Bundle:
     """From plan to bundle: quantize every bin's graph into `writer` and commit it. Raises PassError with `strict`."""
     reporter = reporter or Reporter()
@@ -171,7 +174,8 @@ def finish(
         reuse=_reuse(planned, writer),
         hoisted=hoisted,
     )
-    return writer.commit(_manifest(planned), schedule, planned.plans)
+    describe = report_parts.describe if page else None
+    return writer.commit(_manifest(planned), schedule, planned.plans, describe=describe)
 
 
 def quantize(

@@ -15,6 +15,7 @@ from vdq_export.recipe import Recipe
 
 FORMAT = 1
 MANIFEST, SCHEDULE, REPORT = "manifest.json", "schedule.json", "report/report.json"
+PAGE = "report/report.html"
 TOOLS = ("vdq-export", "onnx", "onnxruntime", "torch", "numpy")
 
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]

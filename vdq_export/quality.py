@@ -56,9 +56,8 @@ class Meter:
         """dB, at most LIMIT_DB. Raises what compiler.export() raises."""
         out = self.folder / f"trial{next(self._count)}"
         traced = {expert: graph.copy() for expert, graph in self.traced.items()}
-        compiler.export(
-            calibrated(self.model), recipe=recipe, out=out, calibration=self.record, traced=traced, **self.choices
-        )
+        choices = {**self.choices, "calibration": self.record, "traced": traced, "page": False}
+        compiler.export(calibrated(self.model), recipe=recipe, out=out, **choices)
         found = self._clips(out) if self.model.sampler is not None else self._outputs(out)
         return float(np.clip(found, -LIMIT_DB, LIMIT_DB))
 

@@ -10,6 +10,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper
 
 from vdq_export.bundle import Bundle
+from vdq_export.manifest import PAGE
 
 Extent = tuple[str, int, int]  # file, offset, length
 _HELD = 1 << 40  # position of the last reader of what a graph gives
@@ -37,7 +38,7 @@ class GraphCost:
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes of the bundle's files by what they are for, largest first; they add up to all files of the manifest."""
+    """Bytes of the bundle's files by what they are for, largest first; they add up to the bundle's size."""
 
     parts: tuple[tuple[str, int], ...]
 
@@ -120,7 +121,7 @@ def _storage(bundle: Bundle, readers: Mapping[Extent, Sequence[GraphCost]]) -> t
     stores = {place for place, _, _ in readers}
     told = sum(sums.values())
     for entry in bundle.manifest.files:
-        if entry.path not in stores:
+        if entry.path not in stores and entry.path != PAGE:
             name = _kind(entry.path)
             sums[name] = sums.get(name, 0) + entry.size
     padding = sum(e.size for e in bundle.manifest.files if e.path in stores) - told

@@ -1,0 +1,180 @@
+"""The plots of the report page, by Bokeh: as JSON that its JavaScript draws.
+
+Drawn for light paper; the page's style sheet inverts them where the reader wants it dark.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bokeh.core.json_encoder import serialize_json
+from bokeh.document import Document
+from bokeh.model import Model
+from bokeh.models import (
+    BasicTicker,
+    ColorBar,
+    ColumnDataSource,
+    CustomJS,
+    FactorRange,
+    HoverTool,
+    LinearColorMapper,
+    Range1d,
+    TapTool,
+)
+from bokeh.palettes import YlOrRd9, interp_palette
+from bokeh.plotting import figure
+
+from vdq_export.metrics import LIMIT_DB
+from vdq_export.report.cells import Cell
+from vdq_export.report.data import StepError
+
+INK, PAPER, UNKNOWN = "#33373d", "#ffffff", "#d7dade"
+BLUE, ORANGE, GREEN = "#1f6fb2", "#d1690e", "#2b8a3e"
+COLOURS = 64
+FEW_LAYERS = 160  # above that rows are thinner
+FLOOR_DB = 1.0  # span of the colours where all cells are alike
+
+
+def to_json(figures: Mapping[str, Model]) -> str:
+    """{name: what Bokeh.embed.embed_item takes, less its target_id}, safe inside a <script>; equal for equal plots."""
+    items = []
+    for name, model in figures.items():
+        document = Document()
+        document.add_root(model)
+        whole: Any = document.to_json(deferred=False)
+        version = whole["version"]
+        text = serialize_json({"root_id": model.id, "doc": whole, "version": version})
+        items.append(f"{serialize_json(name)}:{_renumbered(text, name)}")
+    return "{" + ",".join(items).replace("<", "\\u003c") + "}"
+
+
+def _renumbered(text: str, prefix: str) -> str:
+    """Bokeh counts its models over the whole process; here they are counted over one plot."""
+    numbers: dict[str, str] = {}
+
+    def renamed(match: re.Match[str]) -> str:
+        number = numbers.setdefault(match[2], f"{prefix}-{len(numbers)}")
+        return f'"{match[1]}":"{number}"'
+
+    return re.sub(r'"(id|root_id)":"(p\d+)"', renamed, text)
+
+
+def heat_map(cells: Sequence[Cell], threshold_db: float) -> Model:
+    """Layer × bin, coloured by SQNR; a cross where it misses the threshold. A tap calls the page's showCell()."""
+    layers = list(dict.fromkeys(one.layer for one in cells))
+    bins = list(dict.fromkeys(one.bin for one in cells))
+    known = [one.sqnr_db for one in cells if one.sqnr_db is not None and one.sqnr_db < LIMIT_DB]
+    low = min([*known, threshold_db])
+    high = max([*known, low + FLOOR_DB])
+    source = ColumnDataSource({name: [getattr(one, name) for one in cells] for name in Cell.__annotations__})
+    source.data["sqnr_db"] = [float("nan") if one.sqnr_db is None else one.sqnr_db for one in cells]
+    source.data["mark"] = ["×" if one.state == "low" else "" for one in cells]
+    row = 16 if len(layers) <= FEW_LAYERS else 9
+    plot = _figure(
+        x_range=FactorRange(*bins),
+        y_range=FactorRange(*reversed(layers)),
+        height=90 + row * len(layers),
+        x_axis_location="above",
+    )
+    plot.name = "heat"
+    colours = LinearColorMapper(palette=interp_palette(YlOrRd9, COLOURS), low=low, high=high, nan_color=UNKNOWN)
+    drawn = plot.rect(
+        "bin",
+        "layer",
+        width=1,
+        height=1,
+        source=source,
+        fill_color={"field": "sqnr_db", "transform": colours},
+        line_color=PAPER,
+        nonselection_fill_alpha=1.0,
+        selection_line_color=INK,
+    )
+    plot.text("bin", "layer", text="mark", source=source, text_align="center", text_baseline="middle", text_color=PAPER)
+    rows = [("layer", "@layer"), ("bin", "@bin: @when"), ("SQNR", "@sqnr @worst"), ("numbers", "@numbers")]
+    rows += [("range", "@range"), ("clip", "@clip"), ("alpha", "@alpha"), ("rank", "@rank")]
+    rows += [("folded", "@place"), ("why", "@why")]
+    plot.add_tools(HoverTool(renderers=[drawn], tooltips=rows, attachment="vertical"), TapTool(renderers=[drawn]))
+    source.selected.js_on_change(
+        "indices", CustomJS(args={"source": source}, code="showCell(source.data, this.indices)")
+    )
+    if known:
+        bar = ColorBar(color_mapper=colours, ticker=BasicTicker(desired_num_ticks=5), height=10, title="SQNR, dB")
+        bar.major_label_text_color = bar.title_text_color = INK
+        plot.add_layout(bar, "below")
+    plot.grid.visible = False
+    plot.xaxis.major_label_orientation = 0.0 if len(bins) <= 6 else 1.2
+    plot.axis.major_tick_line_color = plot.axis.axis_line_color = None
+    return plot
+
+
+def ranges(width: tuple[float, float]) -> Model:
+    """Range of one value over the timesteps; the page fills the sources that it finds by name, and sets the height.
+
+    width: (highest, lowest) timestep. Bands: what the quantizers see, by branch; boxes: the range each bin got.
+    """
+    axes = {"x_axis_label": "timestep", "y_axis_label": "activation"}
+    plot = _figure(height=320, x_range=Range1d(*width), y_range=Range1d(-1.0, 1.0), **axes)
+    plot.name = "ranges"
+    edges = ColumnDataSource({"t": []}, name="edges")
+    boxes = ColumnDataSource({name: [] for name in ("left", "right", "lo", "hi", "bin", "why")}, name="boxes")
+    for branch, colour in (("cond", BLUE), ("uncond", GREEN)):
+        band = ColumnDataSource({name: [] for name in ("t", "lo", "hi", "raw_lo", "raw_hi")}, name=branch)
+        plot.varea(x="t", y1="lo", y2="hi", source=band, fill_color=colour, fill_alpha=0.22, legend_label=branch)
+        for end in ("lo", "hi"):
+            plot.line("t", end, source=band, line_color=colour, line_width=1.5)
+            plot.line("t", f"raw_{end}", source=band, line_color=colour, line_dash="dotted", line_alpha=0.8)
+        points = plot.scatter("t", "hi", source=band, size=7, fill_color=colour, line_color=None)
+        tips = [("timestep", "@t{0.##}"), ("range", "@lo{0.[0000]} … @hi{0.[0000]}")]
+        tips += [("before smoothing", "@raw_lo{0.[0000]} … @raw_hi{0.[0000]}"), ("call", branch)]
+        plot.add_tools(HoverTool(renderers=[points], tooltips=tips))
+    plot.vspan(x="t", source=edges, line_color=INK, line_dash="dashed", line_alpha=0.7)
+    drawn = plot.quad(
+        left="left",
+        right="right",
+        bottom="lo",
+        top="hi",
+        source=boxes,
+        fill_color=None,
+        line_color=ORANGE,
+        line_width=1.5,
+        legend_label="range of a bin",
+    )
+    tips = [("bin", "@bin"), ("range", "@lo{0.[0000]} … @hi{0.[0000]}"), ("why", "@why")]
+    plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips))
+    plot.legend.orientation = "horizontal"
+    plot.add_layout(plot.legend[0], "above")
+    return plot
+
+
+def growth(steps: Sequence[StepError], other: Sequence[StepError], edges: Sequence[float]) -> Model:
+    """SQNR of the latents that each step is given, from the first to the last; `other`: of what is compared with."""
+    times = [one.t for one in (*steps, *other)]
+    plot = _figure(
+        height=280,
+        x_range=Range1d(max(times), min(times) - 0.01 * (max(times) - min(times) or 1.0)),
+        x_axis_label="timestep",
+        y_axis_label="SQNR of the latents, dB",
+    )
+    plot.name = "growth"
+    plot.vspan(x=list(edges), line_color=INK, line_dash="dashed", line_alpha=0.5)
+    for found, colour, label in ((steps, BLUE, "this bundle"), (other, ORANGE, "compared with")):
+        if found:
+            source = ColumnDataSource({"t": [one.t for one in found], "db": [one.sqnr_db for one in found]})
+            plot.line("t", "db", source=source, line_color=colour, line_width=2, legend_label=label)
+            points = plot.scatter("t", "db", source=source, size=7, fill_color=colour, line_color=None)
+            plot.add_tools(HoverTool(renderers=[points], tooltips=[("timestep", "@t{0.##}"), (label, "@db{0.0} dB")]))
+    plot.add_layout(plot.legend[0], "above")
+    plot.legend.orientation = "horizontal"
+    return plot
+
+
+def _figure(**options: Any) -> figure:
+    plot = figure(sizing_mode="stretch_width", toolbar_location=None, tools="", min_width=120, **options)
+    plot.background_fill_color = plot.border_fill_color = None
+    plot.outline_line_color = None
+    for axis in plot.axis:
+        axis.major_label_text_color = axis.axis_label_text_color = INK
+        axis.major_label_text_font_size = "11px"
+    return plot

@@ -1,0 +1,127 @@
+// What moves on the page: the clips, the plots, the layer whose ranges are shown.
+"use strict";
+
+const numbers = (id) => JSON.parse(document.getElementById(id).textContent);
+const frameMs = 180;
+
+function showCell(data, indices) {
+  const list = document.getElementById("cell");
+  list.replaceChildren();
+  list.hidden = indices.length === 0;
+  if (list.hidden) return;
+  const names = { layer: "layer", bin: "bin", when: "serves", sqnr: "SQNR", worst: "", numbers: "numbers", range: "range",
+    clip: "clip", alpha: "alpha", rank: "rank", place: "folded", why: "why" };
+  for (const [field, title] of Object.entries(names)) {
+    const text = data[field][indices[0]];
+    if (!text) continue;
+    const term = document.createElement("dt");
+    term.textContent = title;
+    const told = document.createElement("dd");
+    told.textContent = text;
+    list.append(term, told);
+  }
+}
+
+function startPlayer() {
+  const slider = document.getElementById("frame");
+  if (!slider) return;
+  const canvases = [...document.querySelectorAll("#clips canvas")];
+  const button = document.getElementById("play");
+  const count = Number(slider.max) + 1;
+  const draw = () => {
+    const frame = Number(slider.value);
+    document.getElementById("frame-number").textContent = `${frame + 1} of ${count}`;
+    for (const canvas of canvases) {
+      const picture = canvas.nextElementSibling;
+      const { frames, columns } = canvas.dataset;
+      const shown = Math.min(frame, Number(frames) - 1);
+      const left = (shown % columns) * canvas.width;
+      const top = Math.floor(shown / columns) * canvas.height;
+      const size = [canvas.width, canvas.height];
+      if (picture.complete) canvas.getContext("2d").drawImage(picture, left, top, ...size, 0, 0, ...size);
+    }
+  };
+  let timer = 0;
+  const play = (on) => {
+    clearInterval(timer);
+    timer = on ? setInterval(() => { slider.value = (Number(slider.value) + 1) % count; draw(); }, frameMs) : 0;
+    button.textContent = on ? "Pause" : "Play";
+  };
+  button.addEventListener("click", () => play(!timer));
+  slider.addEventListener("input", () => { play(false); draw(); });
+  for (const canvas of canvases) canvas.nextElementSibling.addEventListener("load", draw);
+  draw();
+  play(count > 1 && !matchMedia("(prefers-reduced-motion: reduce)").matches);
+}
+
+function rangeData(network, value) {
+  const found = {};
+  for (const branch of ["cond", "uncond"]) {
+    const data = { t: [], lo: [], hi: [], raw_lo: [], raw_hi: [] };
+    network.branch.forEach((one, slot) => {
+      if (one !== branch) return;
+      data.t.push(network.t[slot]);
+      data.raw_lo.push(value.lo[slot]);
+      data.raw_hi.push(value.hi[slot]);
+      data.lo.push(value.afterLo.length ? value.afterLo[slot] : value.lo[slot]);
+      data.hi.push(value.afterHi.length ? value.afterHi[slot] : value.hi[slot]);
+    });
+    found[branch] = data;
+  }
+  const column = (index) => value.boxes.map((one) => one[index]);
+  found.boxes = { bin: column(0), left: column(1), right: column(2), lo: column(3), hi: column(4), why: column(5) };
+  found.edges = { t: network.edges };
+  return found;
+}
+
+function startRanges(plot) {
+  const choose = document.getElementById("layer");
+  const choices = [];
+  for (const network of numbers("range-numbers")) {
+    for (const value of network.values) {
+      for (const layer of value.layers) {
+        const option = new Option(network.name ? `${network.name}: ${layer}` : layer, String(choices.length));
+        choices.push({ network, value });
+        choose.add(option);
+      }
+    }
+  }
+  const show = () => {
+    const { network, value } = choices[Number(choose.value)];
+    for (const [name, data] of Object.entries(rangeData(network, value))) {
+      plot.document.get_model_by_name(name).data = data;
+    }
+    const ends = [value.lo, value.hi, value.afterLo, value.afterHi, ...value.boxes.map((one) => one.slice(3, 5))].flat();
+    const [lowest, highest] = [Math.min(...ends), Math.max(...ends)];
+    const room = 0.05 * (highest - lowest || 1);
+    plot.y_range.setv({ start: lowest - room, end: highest + room });
+    const others = value.layers.length > 1 ? `, read by ${value.layers.join(", ")}` : "";
+    const folded = value.afterLo.length ? "" : "; neither smoothed nor rotated";
+    const boxes = value.boxes.length ? "" : "; no static range: its quantizers look at run time";
+    document.getElementById("ranges-note").textContent = `${value.value}${others}${folded}${boxes}`;
+  };
+  choose.addEventListener("change", show);
+  if (choices.length) show();
+}
+
+// On a phone long names would leave no room for the cells: their ends stay.
+function shortenLabels(plot) {
+  const narrow = document.getElementById("heat").clientWidth < 600;
+  const longest = 18;
+  const names = plot.y_range.factors.filter((name) => narrow && name.length > longest);
+  plot.left[0].major_label_overrides = new Map(names.map((name) => [name, `…${name.slice(1 - longest)}`]));
+  if (narrow) plot.above[0].major_label_orientation = 1.2;
+}
+
+async function start() {
+  startPlayer();
+  for (const [name, plot] of Object.entries(numbers("plots"))) {
+    const views = await Bokeh.embed.embed_item({ ...plot, target_id: name });
+    const [{ model }] = [...views];
+    if (name === "heat") shortenLabels(model);
+    if (name === "ranges") startRanges(model);
+  }
+  document.body.dataset.state = "ready";
+}
+
+start();
