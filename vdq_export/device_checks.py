@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class Noise:
         self.between += _energy(exact - device)
         self.worst = min(self.worst, (bounded_sqnr_db(reference, device), t))
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[str, Any]:
         """Fields of DeviceBin."""
         exact, device = bounded_db(self.signal, self.exact), bounded_db(self.signal, self.device)
         return {

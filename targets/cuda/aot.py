@@ -154,7 +154,7 @@ class _OtherKeyError(Exception):
 def _one_entry(key: str, group: dict[str, str]) -> type[CacheManager]:
     """A cache that holds one entry, and ends the search for any other before Triton compiles."""
 
-    class OneEntry(CacheManager):
+    class OneEntry(CacheManager):  # type: ignore[misc]  # Triton has no types
         def __init__(self, asked: str, override: bool = False, dump: bool = False) -> None:
             if asked != key:
                 raise _OtherKeyError(asked)
@@ -228,7 +228,7 @@ class _Workers:
             self._free.put(_start())
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         for _ in range(self._count):
             process = self._free.get()
             process.kill()

@@ -16,7 +16,7 @@ import numpy as np
 from onnx import helper
 
 from vdq_export.errors import PassError
-from vdq_export.graph import Array, Constant, Graph, Value, is_constant
+from vdq_export.graph import Array, Constant, Graph, Node, Value, is_constant
 from vdq_export.targets.cuda.ops import BIN, BINS, DOMAIN
 
 SHIFT = 128  # between a uint8 quantizer's q and the int8 code that kernels multiply
@@ -86,12 +86,9 @@ def _is_parameter(constant: Constant, constants: Sequence[Mapping[str, Array]]) 
     )
 
 
-def _quantizes(node: object) -> bool:
-    """A quantizer of a computed value."""
-    op, inputs = getattr(node, "op", ""), getattr(node, "inputs", ())
-    if op == "QuantizeLinear":
-        return not is_constant(inputs[0])
-    return op == "DequantizeLinear" and not is_constant(inputs[0])
+def _quantizes(node: Node) -> bool:
+    """A quantizer of a computed value, or what takes its codes back."""
+    return node.op in ("QuantizeLinear", "DequantizeLinear") and not is_constant(node.inputs[0])
 
 
 def _column(constant: Constant, constants: Sequence[Mapping[str, Array]]) -> _Column:

@@ -24,8 +24,9 @@ from vdq_export.runtime.engine import Engine
 from vdq_export.runtime.families import Family
 from vdq_export.runtime.memory import Values
 from vdq_export.schedule import Schedule
-from vdq_export.targets.cuda.lower import Program, lower
+from vdq_export.targets.cuda.lower import lower
 from vdq_export.targets.cuda.ops import BIN
+from vdq_export.targets.cuda.program import Program
 from vdq_export.targets.cuda.programs import PROGRAMS, Programs
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -89,7 +89,7 @@ def _seconds(one: Config, run: Run) -> float | None:
         if isinstance(error, torch.AcceleratorError):
             raise
         return None
-    times = []
+    times = list[float]()
     for _ in range(RUNS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

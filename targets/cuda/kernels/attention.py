@@ -31,14 +31,13 @@ def attention(
     q_scale, k_scale[H]: q and k are int8 codes, symmetric. v: floats, or float8e4m3fn with v_scale[H].
     mask: floats to add, broadcastable to [B, H, Sq, Sk].
     """
-    coded = q_scale is not None and k_scale is not None
     known = q.numel() > 0 and k.shape[1] > 0 and q.shape[2] // heads <= attention_int8.WIDEST
-    if coded and known and runs_triton(q):
+    if q_scale is not None and k_scale is not None and known and runs_triton(q):
         return attention_int8.launch(
             q, k, v, heads=heads, scale=scale, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, mask=mask,
             quant=quant, keep=keep, dtype=dtype,
         )  # fmt: skip
-    if coded or v.dtype == FLOAT8:
+    if q_scale is not None or v.dtype == FLOAT8:
         return reference(
             q, k, v, heads=heads, scale=scale, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, mask=mask,
             quant=quant, keep=keep, dtype=dtype,
@@ -62,7 +61,8 @@ def _values(codes: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """What the codes of [B, S, H·D] stand for, one scale a head."""
     if scale is None:
         return codes.float()
-    return (codes.float().unflatten(2, (scale.numel(), -1)) * scale.reshape(-1, 1)).flatten(2)
+    values: torch.Tensor = codes.float().unflatten(2, (scale.numel(), -1)) * scale.reshape(-1, 1)
+    return values.flatten(2)
 
 
 def _softmax(
@@ -71,10 +71,10 @@ def _softmax(
     """softmax(q·kᵀ·scale + mask)·v of floats."""
     if not q.numel() or not k.shape[1]:
         return torch.zeros_like(q)
-    split = (rows.unflatten(2, (heads, -1)).transpose(1, 2) for rows in (q, k, v))
+    q, k, v = (rows.unflatten(2, (heads, -1)).transpose(1, 2) for rows in (q, k, v))
     if mask is None:
-        return F.scaled_dot_product_attention(*split, scale=scale).transpose(1, 2).flatten(2)
-    y = F.scaled_dot_product_attention(*split, attn_mask=mask.to(q.dtype), scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), scale=scale)
     lost = torch.isneginf(mask).all(-1, keepdim=True)  # torch's ways differ on these rows
     return torch.where(lost, 0, y).transpose(1, 2).flatten(2)
 

@@ -42,6 +42,9 @@ Blocks of keys that lie wholly inside jump over the masking of keys. (The last b
 copy of the code, made ptxas spill, or wait after each product.)
 """
 
+# mypy: disable-error-code="assignment"
+# In a kernel tuples grow: Triton unrolls its loops, mypy does not.
+
 from __future__ import annotations
 
 from math import log2
