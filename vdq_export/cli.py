@@ -2,23 +2,61 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from difflib import get_close_matches
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import click
+from click.shell_completion import CompletionItem
 
 from vdq_export.errors import UnknownNameError, VdqError
+
+
+class Listed(NamedTuple):
+    """A command: where its code is, under which heading it is listed, and with which words."""
+
+    module: str
+    attribute: str
+    heading: str
+    summary: str
+
+
+_FIRST, _MAKE, _JUDGE, _RUN, _LOOK = "Start here:", "Make:", "Judge and compare:", "Run:", "What there is:"
+# In the order of the help. The summaries stand here because importing every command for them costs seconds.
+_COMMANDS = {
+    "export": Listed("export", "export_command", _FIRST, "vdq-export sample:digits --target ort-int8 --tsw 4"),
+    "verify": Listed("verify", "verify_command", _FIRST, "vdq-export verify bundle   compare with the float model"),
+    "report": Listed("report", "report_command", _FIRST, "vdq-export report bundle   one page: may it ship?"),
+    "plan": Listed("plan", "plan_command", _MAKE, "show what would be done, layer by layer"),
+    "record": Listed("record", "record_command", _MAKE, "keep a pipeline's calls as calibration data"),
+    "compile": Listed("compile", "compile_command", _MAKE, "context binaries for Hexagon NPUs"),
+    "encodings": Listed("encodings", "encodings_command", _MAKE, "float graph and AIMET encodings for a converter"),
+    "diff": Listed("diff", "diff_command", _JUDGE, "what differs between two graphs or bundles"),
+    "inspect": Listed("inspect", "inspect_command", _JUDGE, "what is in a graph or bundle; one block as a picture"),
+    "lint": Listed("lint", "lint_command", _JUDGE, "will the consumer of a hand-off take it?"),
+    "run": Listed("run", "run_command", _RUN, "clips of the bundle beside the float model's"),
+    "serve-demo": Listed("serve_demo", "serve_demo_command", _RUN, "the same in a browser, on this machine"),
+    "recipes": Listed("catalogue", "recipes_command", _LOOK, "how to quantize"),
+    "targets": Listed("catalogue", "targets_command", _LOOK, "what to compile for"),
+    "families": Listed("catalogue", "families_command", _LOOK, "which video transformers of diffusers"),
+    "doctor": Listed("doctor", "doctor_command", _LOOK, "what this machine has and can do"),
+    "completion": Listed("completion", "completion_command", _LOOK, "shell completion: bash, zsh, fish"),
+}
 
 
 class BareExport(click.Group):
     """A group whose default command is `export`: `vdq-export sample:digits --tsw 4` needs no verb."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        args = args or ["--help"]
+        if not args and not ctx.resilient_parsing:
+            args = ["--help"]
         own = {name for p in self.get_params(ctx) for name in p.opts}
-        if args[0] not in self.list_commands(ctx) and args[0] not in own:
-            _refuse_misspelt_command(args[0])
+        if args and args[0] not in _COMMANDS and args[0] not in own:
+            if not ctx.resilient_parsing:  # while a shell completes, nothing is refused
+                _refuse_misspelt_command(args[0])
             args = ["export", *args]
         return super().parse_args(ctx, args)
 
@@ -30,52 +68,61 @@ class BareExport(click.Group):
             return None
         from importlib import import_module  # a command's imports (torch, onnx) are paid when it runs
 
-        module, attribute = _COMMANDS[cmd_name]
-        command: click.Command = getattr(import_module(f"vdq_export.commands.{module}"), attribute)
+        listed = _COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(f"vdq_export.commands.{listed.module}"), listed.attribute)
         return command
 
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One screen, from the table above: no command is imported for it."""
+        formatter.write(_HELP_HEAD)
+        for heading, listed in groupby(_COMMANDS.items(), key=lambda item: item[1].heading):
+            formatter.write(f"{heading}\n")
+            for name, one in listed:
+                formatter.write(f"  {name:<11} {one.summary}\n")
+        formatter.write(_HELP_TAIL)
 
-_COMMANDS = {
-    "export": ("export", "export_command"),
-    "record": ("record", "record_command"),
-    "verify": ("verify", "verify_command"),
-    "compile": ("compile", "compile_command"),
-    "run": ("run", "run_command"),
-    "plan": ("plan", "plan_command"),
-    "diff": ("diff", "diff_command"),
-    "inspect": ("inspect", "inspect_command"),
-    "lint": ("lint", "lint_command"),
-    "encodings": ("encodings", "encodings_command"),
-    "serve-demo": ("serve_demo", "serve_demo_command"),
-    "recipes": ("catalogue", "recipes_command"),
-    "targets": ("catalogue", "targets_command"),
-    "families": ("catalogue", "families_command"),
-    "doctor": ("doctor", "doctor_command"),
-}
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands and, as `export` may be left out, its models and options."""
+        from vdq_export.commands import complete
+        from vdq_export.commands.export import export_command
+
+        if incomplete.startswith("-"):
+            return [*super().shell_complete(ctx, incomplete), *export_command.shell_complete(ctx, incomplete)]
+        found = [CompletionItem(k, help=v.summary) for k, v in _COMMANDS.items() if k.startswith(incomplete)]
+        models = complete.models(ctx, export_command.params[0], incomplete)
+        return [*found, *(one for one in models if one.type == "plain" or not found)]
+
+
+_HELP_HEAD = """\
+Usage: vdq-export MODEL [OPTIONS]     short for: vdq-export export MODEL …
+       vdq-export COMMAND --help
+
+Compile a video diffusion transformer into static quantized graphs.
+MODEL: sample:NAME, a diffusers folder, an .onnx file, package.module:factory.
+
+"""
+_HELP_TAIL = "Options: --version; -h, --help, also after a command.\n"
 
 
 def _refuse_misspelt_command(word: str) -> None:
     """A word that is no model, no option and nearly a command; as a model it would get a misleading answer."""
-    if word.isidentifier() and not Path(word).exists() and get_close_matches(word, _COMMANDS, cutoff=0.7):
+    plain = word.replace("-", "_").isidentifier() and not word.startswith("-")
+    if plain and not Path(word).exists() and get_close_matches(word, _COMMANDS, cutoff=0.7):
         raise UnknownNameError("command", word, _COMMANDS)
 
 
 @click.group(cls=BareExport, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="vdq-export")
 def cli() -> None:
-    """Compile a video diffusion transformer into static quantized graphs.
-
-    \b
-      vdq-export --target ort-int8 --tsw 4          compile the embedded sample into ./bundle
-      vdq-export verify bundle                      compare it with the float model
-      vdq-export package.module:factory --out DIR   compile your own model
-
-    MODEL: sample:NAME, a diffusers folder, an .onnx file, package.module:factory.
-    """
+    """Compile a video diffusion transformer into static quantized graphs."""
 
 
 def main() -> None:
     """Entry point: one line per error on stderr, exit code 2; Ctrl-C 130."""
+    if os.environ.get("_VDQ_EXPORT_COMPLETE", "").startswith("bash"):
+        from vdq_export.commands import complete
+
+        complete.prepare()
     try:
         code = cli.main(prog_name="vdq-export", standalone_mode=False)
     except click.exceptions.Exit as error:

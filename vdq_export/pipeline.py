@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from vdq_export import targets
+from vdq_export import passes, targets
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PassError, UnknownNameError
 from vdq_export.graph import Graph
@@ -45,11 +46,10 @@ def canonical(target: str) -> tuple[str, ...]:
 
 def load_pass(name: str) -> ModuleType:
     """The pass module passes/NAME.py."""
-    known = (*CANONICAL, *FLOAT, *SHARED, *PER_BIN)
-    try:
-        return import_module(f"vdq_export.passes.{name}")
-    except ModuleNotFoundError as error:
-        raise UnknownNameError("pass", name, known) from error
+    known = [one.name for one in pkgutil.iter_modules(passes.__path__) if not one.name.startswith("_")]
+    if name not in known:
+        raise UnknownNameError("pass", name, known)
+    return import_module(f"vdq_export.passes.{name}")
 
 
 def check_order(order: Sequence[str], known_before: Sequence[str] = ()) -> None:

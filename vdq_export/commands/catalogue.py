@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vdq_export import families, recipe, targets
+from vdq_export.commands import complete
 from vdq_export.commands.options import machine_readable
 
 
@@ -28,7 +29,7 @@ def recipes_command(as_json: bool) -> None:
 
 
 @click.command("targets")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=complete.target)
 @machine_readable
 def targets_command(name: str | None, as_json: bool) -> None:
     """List the targets, or one target's capability table."""

@@ -8,17 +8,19 @@ from typing import Any
 import click
 
 from vdq_export.bundle import Bundle
-from vdq_export.commands.options import NumberOr, machine_readable, reporter, verbosity
+from vdq_export.commands import complete
+from vdq_export.commands.options import NumberOr, bundle_argument, machine_readable, reporter, verbosity
 from vdq_export.targets.qnn.contexts import SOCS, CompileReport, compile_bundle
 
 
 @click.command("compile")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument()
 @click.option(
     "--arch",
     "archs",
     multiple=True,
     required=True,
+    shell_complete=complete.of(lambda: SOCS),
     help=f"HTP architecture, may be repeated: {', '.join(f'{a} ({s.product})' for a, s in SOCS.items())}.",
 )
 @click.option(

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from vdq_export.commands.options import bundle_argument
 from vdq_export.diff import diff
 from vdq_export.diff_render import render
 
 
 @click.command("diff")
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@bundle_argument("a")
+@bundle_argument("b")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @click.pass_context
 def diff_command(context: click.Context, a: Path, b: Path, as_json: bool) -> None:

@@ -11,7 +11,7 @@ import msgspec
 
 from vdq_export import encodings, float_graph
 from vdq_export.bundle import Bundle
-from vdq_export.commands.options import machine_readable
+from vdq_export.commands.options import bundle_argument, machine_readable
 from vdq_export.errors import BundleError
 from vdq_export.graph import Graph
 
@@ -26,7 +26,7 @@ class Written(msgspec.Struct, frozen=True):
 
 
 @click.command("encodings")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument()
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("encodings"), show_default=True, help="New folder to write."
 )

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
 from rich.console import Console
 
-from vdq_export import compiler, pipeline
-from vdq_export.bundle import Bundle
+from vdq_export.commands import complete
 from vdq_export.commands.options import machine_readable, planning, reporter, verbosity
-from vdq_export.commands.search import resolve
-from vdq_export.work import at_work
+
+if TYPE_CHECKING:
+    from vdq_export.bundle import Bundle
 
 
 @click.command("export")
@@ -23,7 +23,12 @@ from vdq_export.work import at_work
 )
 @click.option("--force", is_flag=True, help="Replace a bundle at --out (never anything else).")
 @click.option("--strict", is_flag=True, help="Fail when a pass skips a planned edit.")
-@click.option("--dump-after", metavar="PASS", help="Also write the graph after this pass (or `all`) beside the bundle.")
+@click.option(
+    "--dump-after",
+    metavar="PASS",
+    shell_complete=complete.passes,
+    help="Also write the graph after this pass (or `all`) beside the bundle.",
+)
 @machine_readable
 @verbosity
 def export_command(
@@ -43,6 +48,10 @@ def export_command(
     An export that was cut short goes on where it was when it is started again: finished work is kept in OUT.work until
     the bundle is written.
     """
+    from vdq_export import compiler, pipeline  # with torch: --help and completion do without
+    from vdq_export.commands.search import resolve
+    from vdq_export.work import at_work
+
     dump = None if dump_after is None else pipeline.dump_to(out.with_name(f"{out.name}.passes"), dump_after)
     told = reporter(verbose, quiet)
     with at_work(out, work=work, engine=engine, workers=choices["workers"]) as place:

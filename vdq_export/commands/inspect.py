@@ -8,13 +8,14 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from vdq_export.commands.options import bundle_argument
 from vdq_export.inspect import AheadSummary, GraphSummary, Summary, summarize
 
 WIDEST = 5  # activation scales shown of those that vary most over the bins
 
 
 @click.command("inspect")
-@click.argument("path", type=click.Path(path_type=Path))
+@bundle_argument("path")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def inspect_command(path: Path, as_json: bool) -> None:
     """Summarise an ONNX file or a bundle: operators, inputs and outputs, sizes, linears quantized, scales per bin."""

@@ -9,16 +9,23 @@ from rich.console import Console
 from rich.table import Table
 
 from vdq_export.bundle import Bundle, is_bundle
-from vdq_export.commands.options import machine_readable
+from vdq_export.commands import complete
+from vdq_export.commands.options import bundle_argument, machine_readable
 from vdq_export.lint import LintReport, lint_bundle, lint_file
 from vdq_export.lint.report import Finding
+from vdq_export.lint.table import profiles
 
 NODES = 6  # shown of those that break one rule
 
 
 @click.command("lint")
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option("--for", "profile", help="Consumer, such as qnn-v75; by default the one the bundle was made for.")
+@bundle_argument("path")
+@click.option(
+    "--for",
+    "profile",
+    shell_complete=complete.of(profiles),
+    help="Consumer, such as qnn-v75; by default the one the bundle was made for.",
+)
 @click.option("--sarif", type=click.Path(path_type=Path), help="Also write SARIF 2.1.0 here.")
 @machine_readable
 @click.pass_context

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from vdq_export import sources
-from vdq_export.progress import TerminalReporter
+from vdq_export import progress
+from vdq_export.commands import complete
+from vdq_export.errors import UnknownNameError
+from vdq_export.progress import Reporter
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -32,6 +34,8 @@ def _folding(names: Sequence[str]) -> Decorator:
     def folded(function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def called(model: str, **choices: Any) -> Any:
+            from vdq_export import sources  # with torch: --help and completion do without
+
             chosen = {name: choices.pop(name) for name in names}
             return function(model=sources.with_options(model, **chosen), **choices)
 
@@ -42,6 +46,8 @@ def _folding(names: Sequence[str]) -> Decorator:
 
 def _allow(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value:
+        from vdq_export import sources
+
         sources.allow_remote_code()
 
 
@@ -88,6 +94,19 @@ loop = together(*_LOOP.values(), remote_code)
 shaping = together(*_LOOP.values(), *_DATA.values(), remote_code, _folding((*_LOOP, *_DATA)))
 
 
+class Word(click.Choice[str]):
+    """One of a few words; another one is answered with the nearest of them."""
+
+    def __init__(self, kind: str, words: Sequence[str]) -> None:
+        super().__init__(words)
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value not in self.choices:
+            raise UnknownNameError(self._kind, str(value), self.choices)
+        return value
+
+
 class NumberOr(click.ParamType[Any]):
     """A number from 1, or a word."""
 
@@ -102,18 +121,41 @@ class NumberOr(click.ParamType[Any]):
         return self.fail(f"{value!r} is neither a number from 1 nor {self._word}", param, ctx)
 
 
+def _default_model() -> str:
+    from vdq_export import sources
+
+    return sources.DEFAULT
+
+
+def bundle_argument(name: str = "bundle") -> Decorator:
+    """A BUNDLE argument that shells complete."""
+    return click.argument(name, type=click.Path(path_type=Path), shell_complete=complete.bundle_folders)
+
+
 planning = together(
-    click.argument("model", default=sources.DEFAULT),
+    click.argument("model", default=_default_model, shell_complete=complete.models),
     click.option(
-        "--target", default="ort-int8", show_default=True, help="Deployment target; see `vdq-export targets`."
+        "--target",
+        default="ort-int8",
+        show_default=True,
+        shell_complete=complete.target,
+        help="Deployment target; see `vdq-export targets`.",
     ),
     click.option("--isa", help="Instruction set to compile for; by default this machine's."),
     click.option("--tsw", help="Timestep bins (of each expert): a number, `auto` or `all`; by default the recipe's."),
     click.option(
-        "--bins", type=click.Choice(["even", "optimal"]), default="even", show_default=True, help="Edges of the bins."
+        "--bins",
+        type=Word("kind of bins", ("even", "optimal")),
+        default="even",
+        show_default=True,
+        help="Edges of the bins.",
     ),
     click.option(
-        "--recipe", default="static-asq", show_default=True, help="Recipe name or TOML file; see `vdq-export recipes`."
+        "--recipe",
+        default="static-asq",
+        show_default=True,
+        shell_complete=complete.recipes,
+        help="Recipe name or TOML file; see `vdq-export recipes`.",
     ),
     click.option(
         "--activations",
@@ -132,7 +174,11 @@ planning = together(
     click.option("--calibration", type=click.Path(path_type=Path), help="Reuse this calibration record."),
     click.option("--save-calibration", type=click.Path(path_type=Path), help="Keep the calibration record here."),
     click.option(
-        "--engine", default="local", show_default=True, help="Where units run: local, ray or ray://HOST:PORT."
+        "--engine",
+        default="local",
+        show_default=True,
+        shell_complete=complete.of(lambda: ("local", "ray")),
+        help="Where units run: local, ray or ray://HOST:PORT.",
     ),
     click.option("--work", type=click.Path(file_okay=False, path_type=Path), help="Keep finished work here."),
     shaping,
@@ -140,11 +186,28 @@ planning = together(
 machine_readable = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 
 
+def _keep_style(ctx: click.Context, param: click.Parameter, value: progress.Style) -> None:
+    ctx.meta[_STYLE] = value
+
+
+_STYLE = "vdq_export.progress"  # of the context: commands need not carry it from their options to their reporter
 verbosity = together(
     click.option("-v", "--verbose", count=True, help="Say what each pass did and skipped."),
     click.option("-q", "--quiet", is_flag=True, help="No progress."),
+    click.option(
+        "--progress",
+        type=Word("style of progress", get_args(progress.Style)),
+        default="bar",
+        show_default=True,
+        expose_value=False,
+        callback=_keep_style,
+        help="On stderr: bars (never into a pipe), json (one object a line) or none.",
+    ),
 )
 
 
-def reporter(verbose: int, quiet: bool) -> TerminalReporter:
-    return TerminalReporter(-1 if quiet else verbose)
+def reporter(verbose: int, quiet: bool) -> Reporter:
+    """What the running command tells how far it is with: as --progress says."""
+    context = click.get_current_context(silent=True)
+    style: progress.Style = "bar" if context is None else context.meta.get(_STYLE, "bar")
+    return progress.reporter("none" if quiet else style, -1 if quiet else verbose)

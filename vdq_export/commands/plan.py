@@ -9,13 +9,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from vdq_export import compiler
-from vdq_export.bundle import Bundle
 from vdq_export.commands.options import machine_readable, planning, reporter, verbosity
-from vdq_export.commands.search import resolve
 from vdq_export.errors import BundleError
 from vdq_export.plan import LayerPlan, QuantPlan
-from vdq_export.work import at_work
 
 
 @click.command("plan")
@@ -33,6 +29,11 @@ def plan_command(
     **choices: Any,
 ) -> None:
     """Print the quantization plan of MODEL (or of a bundle folder)."""
+    from vdq_export import compiler  # with torch: --help and completion do without
+    from vdq_export.bundle import Bundle
+    from vdq_export.commands.search import resolve
+    from vdq_export.work import at_work
+
     if Path(model, "manifest.json").is_file():
         plans = Bundle.open(model).plans
     else:

@@ -9,22 +9,27 @@ import msgspec
 
 from vdq_export import sources
 from vdq_export.bundle import Bundle
-from vdq_export.commands.options import machine_readable, reporter, verbosity
+from vdq_export.commands import complete
+from vdq_export.commands.options import bundle_argument, machine_readable, reporter, verbosity
 from vdq_export.errors import ModelError
 from vdq_export.render import side_by_side
-from vdq_export.runtime.providers import choose
+from vdq_export.runtime.providers import RECIPES, choose
 from vdq_export.verify import make_clips
 
 
 @click.command("run")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument()
 @click.option("--model", help="The float model with its sampler; by default the one the bundle names.")
 @click.option("--clips", type=click.IntRange(min=1), default=4, show_default=True, help="How many clips to generate.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("clips"), show_default=True, help="Folder for GIF and PNG."
 )
 @click.option("--policy", help="Schedule policy otherwise than the bundle says, for example delta=0.3 or static:low.")
-@click.option("--providers", help="What to run on: ort-qnn-ep, ort-openvino-ep, or an onnxruntime provider by name.")
+@click.option(
+    "--providers",
+    shell_complete=complete.of(lambda: RECIPES),
+    help="What to run on: ort-qnn-ep, ort-openvino-ep, or an onnxruntime provider by name.",
+)
 @machine_readable
 @verbosity
 def run_command(

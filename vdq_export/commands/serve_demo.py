@@ -9,13 +9,14 @@ import click
 
 from vdq_export import sources
 from vdq_export.bundle import Bundle
+from vdq_export.commands.options import bundle_argument
 from vdq_export.errors import ModelError
 from vdq_export.host import case
 from vdq_export.host.server import DemoServer, find_runtime
 
 
 @click.command("serve-demo")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument()
 @click.option("--model", help="The model with its sampler; by default the one the bundle names.")
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port on 127.0.0.1; by default a free one.")
 @click.option(

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from vdq_export.bundle import Bundle
-from vdq_export.commands.options import machine_readable, reporter, together, verbosity
+from vdq_export.commands.options import Word, bundle_argument, machine_readable, reporter, together, verbosity
 from vdq_export.report.data import VerifyReport
 from vdq_export.report.device import GPU_DEVICES, Bisection, DeviceBin, DeviceReport
 from vdq_export.verify import CLIPS, verify
@@ -20,12 +20,12 @@ DEVICE_CLIPS = 1
 
 _on_device = together(
     click.option(
-        "--device", type=click.Choice(["htp-emulator", *GPU_DEVICES]), help="Run there: each bin, then the clips."
+        "--device", type=Word("device", ("htp-emulator", *GPU_DEVICES)), help="Run there: each bin, then the clips."
     ),
     click.option("--arch", default="v75", show_default=True, help="Architecture of the HTP."),
     click.option(
         "--dtype",
-        type=click.Choice(["bfloat16", "float16", "float32"]),
+        type=Word("type of the floats", ("bfloat16", "float16", "float32")),
         default="float16",
         show_default=True,
         help="On cuda: floats between the kernels.",
@@ -37,7 +37,7 @@ _on_device = together(
 
 
 @click.command("verify")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument()
 @click.option("--model", help="The float model; by default the one the bundle names.")
 @click.option(
     "--clips",
