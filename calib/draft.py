@@ -107,7 +107,7 @@ def keep_reason(linear: Linear, recipe: Recipe, spec: TargetSpec, *, hoisted: bo
     """
     if spec.every_operator and not hoisted:
         return ""
-    for rule in recipe.keep_float:
+    for rule in recipe.kept_everywhere:
         if fnmatchcase(linear.name, rule.match):
             return f"{rule.why} (recipe: {rule.match})"
     if linear.rows < spec.min_rows and not hoisted:

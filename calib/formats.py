@@ -102,6 +102,11 @@ def check(recipe: Recipe, spec: TargetSpec) -> LayerFormat:
         raise RecipeError(f"recipe {recipe.name}: float activations need no smoothing or rotation")
     if weights.grid == "int" and weights.group and weights.group not in spec.groups:
         raise _unsupported(recipe, spec, f"weight groups of {weights.group}", spec.groups)
+    if spec.every_operator and (some := [rule for rule in recipe.keep_float if rule.bins]):
+        raise RecipeError(
+            f"recipe {recipe.name} keeps {some[0].match} in float in some bins; {spec.name} leaves nothing in float",
+            hint=f"override its bits instead: activations = {max(spec.activation_dtype)}",
+        )
     for rule in recipe.override:
         if rule.group > 0 and rule.group not in spec.groups:
             raise _unsupported(recipe, spec, f"weight groups of {rule.group} for {rule.match}", spec.groups)
@@ -148,7 +153,7 @@ def hoisted() -> LayerFormat:
 
 def _finest(layer: str, recipe: Recipe, spec: TargetSpec) -> Allocated | None:
     """The most bits there are, for a layer that the recipe keeps in float on a target that keeps none."""
-    rule = next((keep for keep in recipe.keep_float if fnmatchcase(layer, keep.match)), None)
+    rule = next((keep for keep in recipe.kept_everywhere if fnmatchcase(layer, keep.match)), None)
     if rule is None or not spec.every_operator:
         return None
     why = f"most bits of {spec.name}, which has no float: {rule.why} (recipe: {rule.match})"

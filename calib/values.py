@@ -166,7 +166,7 @@ class _Planner:
         path = module_path(node)
         if path in self._layers:
             return self._layers[path].activation_bits
-        if any(fnmatchcase(path, rule.match) for rule in self._recipe.keep_float):
+        if any(fnmatchcase(path, rule.match) for rule in self._recipe.kept_everywhere):
             return max(self._spec.activation_dtype)
         bits = self._recipe.activations.between or self._recipe.activations.bits
         for rule in self._recipe.override:

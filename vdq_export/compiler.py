@@ -14,7 +14,7 @@ from vdq_export import hand_off, hoisting, hoisting_parts, pipeline, report_part
 from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter, signature_of
-from vdq_export.calib import blocks, learned
+from vdq_export.calib import blocks, float_bins, learned
 from vdq_export.calib.attention import plan_attentions
 from vdq_export.calib.bins import Tsw, check_count
 from vdq_export.calib.draft import Network, draft
@@ -26,7 +26,7 @@ from vdq_export.calib.values import observe_values, plan_values
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.engine import Engine, Local
 from vdq_export.errors import CalibrationError, PassError, RecipeError
-from vdq_export.graph import Graph
+from vdq_export.graph import Graph, is_promise
 from vdq_export.manifest import Manifest, ModelIdentity
 from vdq_export.model import Model
 from vdq_export.number_grid import numpy_type
@@ -145,6 +145,7 @@ def make_plan(
         made, told = _plan_network(expert, network, model.limits(expert), settings, first)
         parts += made
         reports += told
+    float_bins.check(plan for part in parts for plan in part.plans)
     return Planned(model, settings.spec, chosen, tuple(parts), reports)
 
 
@@ -190,19 +191,40 @@ def quantize(
     total = sum(len(plan.bins) for plan in planned.plans)
     with reporter.stage("quantize") as advance:
         for part in planned.parts:
-            shared = part.graph.copy()
-            context = PassContext(part.plans[0].of_bins(), None, planned.spec, part.tensors)
-            reports += pipeline.run_passes(shared, pipeline.SHARED, context, dump=dump)
+            shared = dict[frozenset[str], Graph]()  # by the layers in float: bins may differ in them
             for plan in part.plans:
                 for one in plan.bins:
-                    graph, is_first = shared.copy(), one is part.plans[0].bins[0]
-                    context = PassContext(plan.of_bins(), one, planned.spec, part.tensors)
+                    mine, is_first = plan.of_bin(one), not shared
+                    floating = frozenset(layer.name for layer in mine.layers if not layer.quantized)
+                    if floating not in shared:
+                        context = PassContext(mine, None, planned.spec, part.tensors)
+                        told = _with_integers(part, context, shared, floating, dump if is_first else None)
+                        reports += told if is_first else []
+                    graph = shared[floating].copy()
+                    context = PassContext(mine, one, planned.spec, part.tensors)
                     order = (*pipeline.PER_BIN, *own)
                     made = pipeline.run_passes(graph, order, context, dump=dump if is_first else None)
                     reports += made if is_first else []
                     graphs[one.index] = writer.add_graph(f"body.{one.name}", *graph.skeleton()), graph
                     advance(len(graphs), total)
     return reports, dict(graphs[index] for index in sorted(graphs))
+
+
+def _with_integers(
+    part: Part, context: PassContext, known: dict[frozenset[str], Graph], floating: frozenset[str], dump: Dump | None
+) -> list[PassReport]:
+    """Add to `known` the part's graph with the passes run that its bins share, which leave `floating` alone.
+
+    What graphs of other bins promise too is the same promise: computed once, wherever it is written.
+    """
+    graph = part.graph.copy()
+    told = pipeline.run_passes(graph, pipeline.SHARED, context, dump=dump)
+    promised = {x.name: x._values for one in known.values() for x in one.constants() if is_promise(x)}
+    for constant in graph.constants():
+        if constant.name in promised and is_promise(constant):
+            constant.values = promised[constant.name]
+    known[floating] = graph
+    return told
 
 
 def _plan_network(
@@ -236,7 +258,7 @@ def _plan_network(
             hoisted = hoisting.split(floated, roles, layers) if settings.hoist else None
             body = floated if hoisted is None else hoisted.body
             plans = _precisions(solved, record, spec, count)
-            plans = tuple(plan_attentions(plan, body, record) for plan in plans)
+            plans = tuple(float_bins.mark(plan_attentions(plan, body, record)) for plan in plans)
             if spec.every_operator:
                 plans = _plan_values(plans, floated, body, model, solved, settings)
             seen = ranges.measure(record, plans[0])

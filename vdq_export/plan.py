@@ -136,7 +136,7 @@ class LayerPlan(_Data, frozen=True):
     """One linear. `value` is the graph value it reads; `keep_float` (a reason) excludes every quantization field.
 
     activation_dtype "float": only the weight is quantized, there are no ranges. hoisted: the graph it is in if not in
-    those of the bins (docs/hoisting.md).
+    those of the bins (docs/hoisting.md). float_in: for each bin why it is in float there, or ""; (): it is in none.
     """
 
     name: str
@@ -156,10 +156,18 @@ class LayerPlan(_Data, frozen=True):
     smoothing_why: str = ""  # of a quantized layer: why smoothed so, or why not
     rotation_why: str = ""
     bits_why: str = ""  # why other bits than the recipe's
+    float_in: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> bool:
         return not self.keep_float
+
+    def in_bin(self, place: int) -> LayerPlan:
+        """The layer as the bin at `place` has it: in float where float_in says so."""
+        why = self.float_in[place] if self.float_in else ""
+        if not why:
+            return self
+        return LayerPlan(name=self.name, value=self.value, rows=self.rows, shape=self.shape, keep_float=why)
 
 
 class Conversion(_Data, frozen=True):
@@ -285,6 +293,11 @@ class QuantPlan(_Data, frozen=True):
         """The plan without the layers that are in none of the bins' graphs."""
         return msgspec.structs.replace(self, layers=tuple(one for one in self.layers if not one.hoisted))
 
+    def of_bin(self, one: Bin) -> QuantPlan:
+        """The plan as the graph of `one` has it: of_bins(), with those layers kept in float that are so in this bin."""
+        place = self.place(one)
+        return msgspec.structs.replace(self, layers=tuple(x.in_bin(place) for x in self.of_bins().layers))
+
     def place(self, one: Bin) -> int:
         """Where `one` stands among this plan's bins: the index of its ranges. Raises PlanError for a foreign bin."""
         for place, mine in enumerate(self.bins):
@@ -316,6 +329,8 @@ def tensor_name(layer: str, what: TensorKind) -> str:
 
 
 def _check_layer(layer: LayerPlan, bins: int) -> None:
+    if layer.float_in and (layer.keep_float or layer.hoisted or len(layer.float_in) != bins):
+        raise PlanError(f"layer {layer.name}: float_in is for quantized layers of the bins' graphs, {bins} entries")
     if layer.keep_float:
         if layer.weight or layer.activation or layer.dynamic or layer.smoothing or layer.rotation or layer.low_rank:
             raise PlanError(f"layer {layer.name}: kept in float and quantized at once")

@@ -169,10 +169,15 @@ class AttentionRecipe(_Settings, frozen=True):
 
 
 class Keep(_Settings, frozen=True):
-    """Layers left in float: `match` is a shell pattern over module paths, `why` goes into plan and report."""
+    """Layers left in float: `match` is a shell pattern over module paths, `why` goes into plan and report.
+
+    bins: numbers of the bins in whose graphs they are; () leaves them out of quantization altogether. In some bins
+    only, a layer keeps its smoothing, rotation and everything else that was chosen for it.
+    """
 
     match: str
     why: str
+    bins: tuple[Annotated[int, Meta(ge=0)], ...] = ()
 
 
 class VerifyRecipe(_Settings, frozen=True):
@@ -209,6 +214,11 @@ class Recipe(_Settings, frozen=True):
     override: tuple[Override, ...] = ()
     expert: dict[str, dict[str, Any]] = {}  # expert's name -> what it has otherwise than the rest of the recipe
     verify: VerifyRecipe = VerifyRecipe()
+
+    @property
+    def kept_everywhere(self) -> tuple[Keep, ...]:
+        """The rules of `keep_float` that hold in every bin."""
+        return tuple(rule for rule in self.keep_float if not rule.bins)
 
     @property
     def needs_data(self) -> bool:

@@ -6,7 +6,7 @@ What fails says which layer and bin. Thresholds come from the recipe the bundle 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,23 +85,31 @@ def measure(
     model = sources.resolve(model or bundle.manifest.model.name)
     thresholds = bundle.plans[0].recipe.verify
     layers: list[LayerQuality] = []
-    for expert, network in model.networks():
-        with reporter.stage(f"trace {expert}".strip()):
-            graph = trace(network, tolerance=thresholds.max_float_error)
-        _check_identity(bundle, model, graph.source)
-        spec = targets.load(bundle.manifest.target).spec(bundle.manifest.isa)
-        pipeline.run_passes(graph, pipeline.canonical(spec.name), PassContext(spec=spec))
-        steps = _first_trajectory(network)
-        for plan in (p for p in bundle.plans if p.expert == expert):
-            # Smoothed and rotated, too: what is folded into a producer changes what that layer puts out, in float and
-            # quantized graph alike.
-            floated = graph.copy()
-            pipeline.run_passes(floated, pipeline.FLOAT, PassContext(plan, None, spec))
-            layers += compare_layers(bundle, plan, floated, steps, reporter)
+    for plan, floated, steps in float_graphs(bundle, model, reporter):
+        layers += compare_layers(bundle, plan, floated, steps, reporter)
     kernels, floating = count_kernels(bundle)
     count = getattr(model.sampler, "clips", CLIPS) if clips is None else clips
     made = make_clips(bundle, model, count, reporter)
     return _verdict(bundle, model, thresholds, layers, kernels, floating, made), made
+
+
+def float_graphs(bundle: Bundle, model: Model, reporter: Reporter) -> Iterator[tuple[QuantPlan, Graph, Trajectory]]:
+    """For each plan of `bundle`: the float graph of `model` that it quantizes, and a trajectory of that network.
+
+    Smoothed and rotated: what is folded into a producer changes what that layer puts out, in float and quantized graph
+    alike. Raises ModelError when `bundle` was made from another model.
+    """
+    spec = targets.load(bundle.manifest.target).spec(bundle.manifest.isa)
+    for expert, network in model.networks():
+        with reporter.stage(f"trace {expert}".strip()):
+            graph = trace(network, tolerance=bundle.plans[0].recipe.verify.max_float_error)
+        _check_identity(bundle, model, graph.source)
+        pipeline.run_passes(graph, pipeline.canonical(spec.name), PassContext(spec=spec))
+        steps = _first_trajectory(network)
+        for plan in (p for p in bundle.plans if p.expert == expert):
+            floated = graph.copy()
+            pipeline.run_passes(floated, pipeline.FLOAT, PassContext(plan, None, spec))
+            yield plan, floated, steps
 
 
 def _check_identity(bundle: Bundle, model: Model, traced: str) -> None:
@@ -183,7 +191,7 @@ def count_kernels(bundle: Bundle) -> tuple[KernelCount, list[str]]:
     planned, floating = 0, list[str]()
     if (fused_layers := getattr(target, "fused_layers", None)) is not None:
         for plan, one in ((whose, one) for whose in bundle.plans for one in whose.bins):
-            fused: dict[str, bool] = fused_layers(bundle.path, one.index, plan)
+            fused: dict[str, bool] = fused_layers(bundle.path, one.index, plan.of_bin(one))
             planned += len(fused)
             floating += [f"{layer} in {one.name}" for layer, is_fused in fused.items() if not is_fused]
         return KernelCount(planned=planned, executed=planned - len(floating)), floating
@@ -193,7 +201,7 @@ def count_kernels(bundle: Bundle) -> tuple[KernelCount, list[str]]:
             ort.session(
                 Graph.load(bundle.graph_path(one.index)), options=bundle.manifest.session, optimised_path=str(path)
             )
-            found = target.integer_layers(path, plan)
+            found = target.integer_layers(path, plan.of_bin(one))
             planned += len(found)
             floating += [f"{layer} in {one.name}" for layer, integer in found.items() if not integer]
     return KernelCount(planned=planned, executed=planned - len(floating)), floating
