@@ -6,6 +6,7 @@ left; at the first step that is the same noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -62,7 +63,7 @@ def _sqnr_db(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) 
     """Over all of them together. Latents that are no numbers any more are infinitely far off."""
     signal = sum(float(x.double().square().sum()) for x in expected.values())
     noise = sum(float((x.double() - found[name].double()).square().sum()) for name, x in expected.items())
-    return bounded(decibels(signal, noise if noise == noise else float("inf")))
+    return bounded(decibels(signal, noise) if math.isfinite(noise) else float("nan"))
 
 
 def mean(clips: Sequence[Iterable[StepError]]) -> tuple[StepError, ...]:

@@ -11,7 +11,7 @@ import click
 
 from vdq_export import sources
 from vdq_export.bundle import Bundle
-from vdq_export.commands.options import reporter, verbosity
+from vdq_export.commands.options import bundle_argument, reporter, verbosity
 from vdq_export.disk import write_whole
 from vdq_export.errors import MissingToolError, ModelError
 from vdq_export.manifest import PAGE, REPORT
@@ -23,7 +23,7 @@ SHOWN = 4  # clips on the page unless told otherwise
 
 
 @click.command("report")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument()
 @click.option("--against", type=click.Path(path_type=Path), help="Another bundle to compare it with.")
 @click.option("--model", help="The float model; by default the one the bundle names.")
 @click.option(

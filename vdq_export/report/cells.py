@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from vdq_export.metrics import LIMIT_DB
-from vdq_export.plan import Bin, LayerPlan, QuantPlan
+from vdq_export.plan import Bin, LayerPlan
 from vdq_export.report.content import Content
 from vdq_export.report.data import LayerQuality
 
@@ -47,7 +47,7 @@ def cells(content: Content) -> list[Cell]:
             place = plan.place(one)
             for layer in plan.layers:
                 quality = measured.pop((layer.name, one.index), None)
-                found.append(_cell(content, plan, layer, one, place, quality, limit))
+                found.append(_cell(content, layer.in_bin(place), one, place, quality, limit))
             found += [_output(one, quality, limit) for quality in _rest(measured, one.index)]
     return found
 
@@ -75,7 +75,6 @@ def _output(one: Bin, quality: LayerQuality, limit: float) -> Cell:
 
 def _cell(
     content: Content,
-    plan: QuantPlan,
     layer: LayerPlan,
     one: Bin,
     place: int,

@@ -84,7 +84,7 @@ def _graphs(bundle: Bundle) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _read(bundle: Bundle, path: str, what: str, bins: tuple[int, ...]) -> _Read:
-    graph = onnx.load(str(bundle.path / path), load_external_data=False).graph
+    graph = _described(onnx.load(str(bundle.path / path), load_external_data=False)).graph
     folder, inline, extents = path.rpartition("/")[0], 0, dict[Extent, None]()
     for tensor in graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:
@@ -111,6 +111,14 @@ def _read(bundle: Bundle, path: str, what: str, bins: tuple[int, ...]) -> _Read:
         peak_bytes=_peak(graph, sizes),
     )
     return _Read(cost, tuple(extents))
+
+
+def _described(model: onnx.ModelProto) -> onnx.ModelProto:
+    """With the types of all values, as far as ONNX can tell; our own exporter writes them all."""
+    known = {value.name for value in (*model.graph.value_info, *model.graph.output)}
+    if known.issuperset(name for node in model.graph.node for name in node.output if name):
+        return model
+    return onnx.shape_inference.infer_shapes(model)
 
 
 def _storage(bundle: Bundle, readers: Mapping[Extent, Sequence[GraphCost]]) -> tuple[tuple[str, int], ...]:

@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vdq_export import recipe_toml
+from vdq_export.errors import BundleError
 from vdq_export.report import figures, sections, sprites
 from vdq_export.report.cells import OUTPUT, cells, when
 from vdq_export.report.content import Content
@@ -23,7 +24,10 @@ from vdq_export.schedule import Schedule
 
 
 def render(content: Content) -> bytes:
-    """The whole page, UTF-8. Raises BundleError for a bundle without plans, through what reads them."""
+    """The whole page, UTF-8. Raises BundleError for a bundle without a plan."""
+    for one in (content, content.against):
+        if one is not None and not one.bundle.plans:
+            raise BundleError(f"{one.bundle.path} carries no plan", hint="export it again")
     environment = Environment(
         loader=PackageLoader("vdq_export.report"),
         autoescape=True,
@@ -37,7 +41,7 @@ def render(content: Content) -> bytes:
 
 def _view(content: Content) -> dict[str, Any]:
     manifest, other = content.bundle.manifest, content.against
-    plans, found = _plots(content)
+    plots, numbers = _plots(content)
     return {
         "content": content,
         "manifest": manifest,
@@ -49,8 +53,8 @@ def _view(content: Content) -> dict[str, Any]:
         "figures": sections.key_figures(content),
         "strips": sprites.strips(content.clips, other.clips if other else ()),
         "output": OUTPUT,
-        "plots": plans,
-        "ranges": found,
+        "plots": plots,
+        "ranges": numbers,
         "graphs": content.graphs,
         "largest": max((one.shared_bytes + one.own_bytes for one in content.graphs), default=1) or 1,
         "storage": content.storage.parts,
@@ -103,7 +107,9 @@ def _range_numbers(network: NetworkRanges, content: Content) -> dict[str, Any]:
         boxes = []
         for plan in mine:
             layer = next((one for one in plan.layers if one.name == value.layers[0]), None)
-            for one, chosen in zip(plan.bins, layer.activation if layer else (), strict=False):
+            for place, (one, chosen) in enumerate(zip(plan.bins, layer.activation if layer else (), strict=False)):
+                if layer is None or not layer.in_bin(place).quantized:
+                    continue
                 label = " ".join(filter(None, (one.name, plan.precision, one.branch if one.branch != "any" else "")))
                 boxes.append([label, one.t[0], one.t[1], chosen.lo, chosen.hi, chosen.why])
         plain = {"lo": value.lo, "hi": value.hi, "afterLo": value.after_lo, "afterHi": value.after_hi}

@@ -197,15 +197,17 @@ def passes(content: Content) -> list[Pass]:
 
 def in_float(content: Content) -> list[tuple[str, list[str]]]:
     """(reason, layers) of those that were not quantized, the most frequent reason first."""
-    reasons: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for plan in content.bundle.plans:
         for layer in plan.layers:
-            if layer.keep_float and layer.name not in reasons.setdefault(layer.keep_float, []):
-                reasons[layer.keep_float].append(layer.name)
+            told = [(layer.keep_float, layer.name)]
+            told += [(why, f"{layer.name} in {one.name}") for one, why in zip(plan.bins, layer.float_in, strict=False)]
+            for why, name in told:
+                reasons.setdefault(why, {})[name] = None
         for attention in plan.attentions:
-            if attention.keep_float and attention.name not in reasons.setdefault(attention.keep_float, []):
-                reasons[attention.keep_float].append(attention.name)
-    return sorted(reasons.items(), key=lambda item: -len(item[1]))
+            reasons.setdefault(attention.keep_float, {})[attention.name] = None
+    named = [(why, list(names)) for why, names in reasons.items() if why]
+    return sorted(named, key=lambda item: -len(item[1]))
 
 
 def floating(content: Content) -> list[str]:

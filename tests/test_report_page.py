@@ -1,0 +1,203 @@
+"""The report page: one file without network, the same for the same bundle, and used in headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from tests.commands import ENVIRONMENT, ROOT
+from tests.host_cases import CHROMIUM, HOST, needs_chromium, node
+from vdq_export.bundle import Bundle
+from vdq_export.report.content import ClipPair, Content, gather
+from vdq_export.report.data import JudgeScores, KernelCount, LayerQuality, StepError, VerifyReport
+from vdq_export.report.page import render
+from vdq_export.report.ranges import RANGES, RangesReport
+
+LIMIT = 8_000_000  # bytes
+
+
+def clip(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).random((3, 3, 6, 10))
+
+
+def measured(bundle: Bundle) -> VerifyReport:
+    """Made up: every layer another number, one of them below the threshold."""
+    layers = [layer.name for layer in bundle.plan.layers if layer.quantized]
+    qualities = [
+        LayerQuality(layer=name, bin=one.index, sqnr_db=20.0 + number + one.index / 4, worst_step=one.steps[0])
+        for one in bundle.plan.bins
+        for number, name in enumerate([*layers, "sample"])
+    ]
+    qualities[0] = msgspec.structs.replace(qualities[0], sqnr_db=3.25)
+    return VerifyReport(
+        verdict="fail",
+        bundle_bytes=bundle.size,
+        integer_kernels=KernelCount(planned=40, executed=39),
+        psnr_db=31.5,
+        judge=JudgeScores(float_={"digit": 1.0}, quantized={"digit": 0.75}),
+        layers=tuple(qualities),
+        failures=(f"{layers[0]} in bin00: SQNR 3.2 dB is below 12",),
+        growth=tuple(StepError(t=t, sqnr_db=t / 20) for t in (800.0, 550.0, 300.0, 120.0, 20.0)),
+    )
+
+
+@pytest.fixture(scope="module")
+def content(made: Path) -> Content:
+    """The tiny bundle, measured and with two clips, compared with itself."""
+    opened = Bundle.open(made / "bundle")
+    clips = tuple(ClipPair.of(f"case {n} <&>", clip(n), np.clip(clip(n) + 0.03, 0, 1)) for n in range(2))
+    whole = replace(gather(opened), verify=measured(opened), clips=clips)
+    return replace(whole, against=replace(gather(opened), clips=(clips[1],)))
+
+
+@pytest.fixture(scope="module")
+def page(content: Content, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("page") / "report.html"
+    place.write_bytes(render(content))
+    return place
+
+
+class Tags(HTMLParser):
+    """Every address in the page's tags, and the tags that were not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "action", "srcset", "data")]
+        if tag not in ("meta", "link", "img", "input", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_one_file_that_asks_for_nothing(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    tags = Tags(text)
+    assert tags.open == [] and len(tags.addresses) > 6
+    assert [one[:40] for one in tags.addresses if not one.startswith("data:")] == []
+    assert "url(" not in text[: text.index("</style>")] and "@import" not in text[: text.index("</style>")]
+    assert page.stat().st_size < LIMIT
+
+
+def test_names_are_text_wherever_they_stand(content: Content) -> None:
+    """A model's name is somebody else's: in the page's tags and in its JSON it must stay what it is."""
+    evil = "</script><script>alert(1)</script>"
+    manifest = content.bundle.manifest
+    named = msgspec.structs.replace(manifest, model=msgspec.structs.replace(manifest.model, name=evil))
+    layers = tuple(msgspec.structs.replace(one, name=one.name + evil) for one in content.bundle.plan.layers)
+    plan = msgspec.structs.replace(content.bundle.plan, layers=layers)
+    bundle = Bundle(content.bundle.path, named, content.bundle.schedule, (plan,))
+    text = render(replace(content, bundle=bundle)).decode()
+    assert "<script>alert" not in text and text.count("<script") == render(content).decode().count("<script")
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)" in text and "\\u003c/script>" in text
+
+
+def test_equal_bundles_give_equal_pages(content: Content, page: Path, made: Path, tmp_path: Path) -> None:
+    """In this process, where Bokeh has counted its models further, and in another one with other hashes."""
+    assert render(content) == page.read_bytes()
+    shutil.copytree(made / "bundle", tmp_path / "elsewhere")
+    script = (
+        "import sys; from pathlib import Path; from vdq_export.bundle import Bundle\n"
+        "from vdq_export.report.content import gather; from vdq_export.report.page import render\n"
+        "sys.stdout.buffer.write(render(gather(Bundle.open('elsewhere'))))"
+    )
+    environment = {**ENVIRONMENT, "PYTHONHASHSEED": "7"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, check=True
+    )
+    assert done.stdout == render(gather(content.bundle))
+    assert str(ROOT).encode() not in done.stdout
+
+
+def test_the_page_says_what_it_was_given(page: Path, content: Content) -> None:
+    text = page.read_text(encoding="utf-8")
+    for said in (
+        "Fails", "SQNR 3.2 dB is below 12", "3.2 dB", "31.5 dB", "39 of 40", "100% → 75%", "✗ missed", "✓ holds",
+        "case 1 &lt;&amp;&gt;", "name = &#34;static-asq&#34;", content.bundle.manifest.model.weight_hash,
+        "hoisted: ", "weights that bins share", "vdq-export verify BUNDLE",
+    ):  # fmt: skip
+        assert said in text, said
+    plots = json.loads(re.findall(r'id="plots">(.*?)</script>', text)[0])
+    assert list(plots) == ["heat", "ranges", "growth"]
+
+
+@pytest.fixture(scope="module")
+def seen(page: Path) -> dict[str, Any]:
+    """What happened in the browser."""
+    results = page.with_name("results.json")
+    done = node(HOST / "report.mjs", CHROMIUM, results, page)
+    assert (done.returncode, done.stderr) == (0, "")
+    found: dict[str, Any] = json.loads(results.read_bytes())
+    return found
+
+
+@needs_chromium
+def test_the_browser_has_nothing_to_complain_about(seen: dict[str, Any], page: Path) -> None:
+    assert seen["complaints"] == []
+    assert set(seen["requests"]) == {page.as_uri()}
+
+
+@needs_chromium
+def test_the_clips_play_in_step_and_the_slider_moves_them(seen: dict[str, Any], content: Content) -> None:
+    assert seen["plays"] and seen["pauses"] and seen["number"] == "2 of 3"
+    assert seen["still"], "who wants no motion gets none"
+    assert [len(canvases) for canvases in seen["frames"].values()] == [3 + 5, 3 + 5]
+    for frame, canvases in seen["frames"].items():
+        for pair, drawn in zip(content.clips, (canvases[:3], canvases[3:]), strict=True):
+            for side, pixels in zip((pair.reference, pair.quantized), drawn, strict=False):
+                assert pixels == side[int(frame), ..., 0].flatten().tolist()
+
+
+@needs_chromium
+def test_hovering_and_tapping_a_cell_gives_its_numbers(seen: dict[str, Any], content: Content) -> None:
+    plan = content.bundle.plan
+    layer = next(one for one in plan.layers if one.name.startswith("blocks"))
+    assert content.verify is not None and layer.smoothing is not None
+    quality = next(one for one in content.verify.layers if (one.layer, one.bin) == (layer.name, 1))
+    span = layer.activation[1]
+    for told in (seen["tooltip"], seen["cell"]):
+        for said in (
+            layer.name, "bin01", f"{quality.sqnr_db:.1f} dB", f"worst at t={quality.worst_step:g}", "W8 int8",
+            f"{span.lo:.4g} … {span.hi:.4g}", f"{layer.smoothing.alpha:g}", "place", layer.smoothing_why,
+        ):  # fmt: skip
+            assert said in told, said
+
+
+@needs_chromium
+def test_the_ranges_are_those_of_the_chosen_layer(seen: dict[str, Any], made: Path, content: Content) -> None:
+    report = RangesReport.from_json((made / "bundle" / RANGES).read_bytes())
+    (network,) = report.networks
+    ends = {one.name: [r.hi for r in one.activation] for one in content.bundle.plan.layers}
+    for shown, value, layer in (
+        (seen["ranges"][0], network.values[0], network.values[0].layers[0]),
+        (seen["ranges"][1], network.values[-1], network.values[-1].layers[-1]),
+    ):
+        highest = value.after_hi or value.hi
+        assert shown["band"] == [x for x, branch in zip(highest, network.branch, strict=True) if branch == "cond"]
+        assert shown["boxes"] == ends[layer]
+        assert sorted(shown["edges"]) == sorted({t for one in content.bundle.plan.bins for t in one.t})
+    assert seen["ranges"][0]["band"] != seen["ranges"][1]["band"]
+
+
+@needs_chromium
+def test_dark_print_and_phone(seen: dict[str, Any]) -> None:
+    assert seen["light"]["paper"] == "rgb(251, 251, 250)" and seen["light"]["filter"] == "none"
+    assert seen["dark"]["paper"] == "rgb(20, 23, 26)" and "invert" in seen["dark"]["filter"]
+    assert seen["print"] == {"paper": "rgb(255, 255, 255)", "filter": "none", "player": "none"}
+    assert seen["widest"] <= 390, "nothing sticks out on a phone"
