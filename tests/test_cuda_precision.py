@@ -15,7 +15,7 @@ def test_angles_are_exact_in_sixteen_bits() -> None:
     rates = np.exp(-np.arange(32) / 4).astype(np.float32)
     nodes = [op("Unsqueeze", "t axis", "column"), op("Mul", "column rates", "angle"), op("Cos", "angle", "y")]
     model = model_of(nodes, {"t": (1,)}, {"y": (1, 32)}, {"rates": rates, "axis": np.array([1])})
-    found = lower(model)({"t": torch.tensor([987.0])})["y"].numpy()
+    found = lower(model, dtype=torch.bfloat16)({"t": torch.tensor([987.0])})["y"].numpy()
     assert np.abs(found - np.cos(np.float32(987) * rates)).max() < 1e-5
 
 
@@ -48,8 +48,8 @@ def test_a_row_that_is_all_mask_is_no_nan_in_sixteen_bits() -> None:
 def test_the_residual_stream_is_float32_unless_told() -> None:
     x = torch.ones(1, 4, 16)
     exact = (1 + 1 / 600) ** 16
-    kept = lower(stream())({"x": x})["y"]
-    rounded = lower(stream(), residual=torch.bfloat16)({"x": x})["y"]
+    kept = lower(stream(), dtype=torch.bfloat16)({"x": x})["y"]
+    rounded = lower(stream(), dtype=torch.bfloat16, residual=torch.bfloat16)({"x": x})["y"]
     assert (kept / exact - 1).abs().max() < 1e-3
     assert (rounded / exact - 1).abs().max() > 2e-2
 
@@ -60,7 +60,7 @@ def test_what_a_program_takes_and_gives() -> None:
     nodes = [op("Mul", "x gain", "scaled"), op("MatMul", "scaled w", "y")]
     shapes = {"x": large, "gain": (1, 1, 512)}
     model = model_of(nodes, shapes, {"y": (1, 1024, 8)}, {"w": np.ones((512, 8), np.float32)})
-    program = lower(model)
+    program = lower(model, dtype=torch.bfloat16)
     assert [(one.name, one.shape, one.dtype) for one in program.inputs] == [
         ("x", large, torch.bfloat16), ("gain", (1, 1, 512), torch.float32),
     ]  # fmt: skip

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
+from msgspec.structs import replace
 
 from tests import tiny_model
 from tests.commands import assert_one_line, command
@@ -164,3 +168,40 @@ def test_programs_of_another_format_are_refused(bundle: Bundle, tmp_path: Path) 
     assert Programs.from_json(text) == programs_of(bundle)
     with pytest.raises(BundleError, match=r"cuda/programs\.json"):
         Programs.from_json(text.replace(b'"format": 1', b'"format": 9'))
+
+
+def test_closing_frees_the_weights(bundle: Bundle) -> None:
+    device = engine(bundle, "float16")
+    inputs = {name: value.numpy() for name, value in tiny_model.inputs(3, 1000.0).items()}
+    device.run(0, "cond", inputs, "sample")
+    held = [weakref.ref(one) for one in device._weights.values()]
+    assert held and all(one() is not None for one in held)
+    device.close()
+    gc.collect()
+    assert not any(one() is not None for one in held)
+
+
+def test_threads_get_what_one_gets(bundle: Bundle) -> None:
+    with load(bundle.path, device="cpu", dtype="float32") as device, ThreadPoolExecutor(4) as threads:
+        calls = [tiny_model.inputs(seed, t) for seed in range(3) for t in tiny_model.TIMESTEPS]
+        expected = [device(**one).sample for one in calls]
+        found = list(threads.map(lambda one: device(**one).sample, calls))
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda one: replace(one, graph="../elsewhere.onnx"), "which is no file"),
+        (lambda one: replace(one, bins=(0,)), r"serves bins \[0\], the schedule has 2"),
+        (lambda one: replace(one, bins=(0, 1, 1)), r"serves bins \[0, 1, 1\]"),
+    ],
+)
+def test_programs_that_are_not_the_bundles_are_refused(bundle: Bundle, tmp_path: Path, change: Any, words: str) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(bundle.path, other)
+    told = programs_of(bundle)
+    wrong = replace(told, programs=tuple(map(change, told.programs)))
+    (other / "cuda" / "programs.json").write_bytes(wrong.to_json())
+    with pytest.raises(BundleError, match=words):
+        load(other, device="cpu", verify_hashes=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from importlib import metadata
+from importlib import import_module
 from typing import Any, Literal
 
 import numpy as np
@@ -63,7 +63,8 @@ def verify_gpu(
     told = DeviceReport(
         device=device,
         arch=_architecture(on),
-        tool=f"torch {torch.__version__}" + (f", triton {metadata.version('triton')}" if on.type == "cuda" else ""),
+        tool=f"torch {torch.__version__}"
+        + (f", triton {import_module('triton').__version__}" if on.type == "cuda" else ""),
         bins=tuple(found),
         clips=len(made.reference),
         clip_seconds=seconds,
@@ -118,3 +119,8 @@ def _architecture(on: torch.device) -> str:
         return "cpu"
     major, minor = torch.cuda.get_device_capability(on)
     return f"sm_{major}{minor}"
+
+
+def _tool(on: torch.device) -> str:
+    found = f"torch {torch.__version__}"
+    return f"{found}, triton {import_module('triton').__version__}" if on.type == "cuda" else found

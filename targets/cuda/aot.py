@@ -21,6 +21,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -42,10 +43,12 @@ from vdq_export.errors import BundleError
 from vdq_export.targets.cuda.aot_launch import AotError, Launch, preload, record
 from vdq_export.targets.cuda.kernels._config import ARCHS, SHARED, ConfigError
 from vdq_export.targets.cuda.lower import lower
+from vdq_export.targets.cuda.program import FLOAT
 from vdq_export.work_store import WorkStore
 
 FOLDER = "cuda/kernels"
 INDEX = f"{FOLDER}/index.json"
+_INSTALLING = threading.Lock()  # Triton has one cache for all threads
 Say = Callable[[str], None]
 MOST_JOBS = 16  # each process holds torch and Triton, some 500 MB
 
@@ -65,7 +68,7 @@ def launches_of(
     model: str | Path | onnx.ModelProto,
     *,
     folder: str | Path | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = FLOAT,
     archs: Sequence[str] = ARCHS,
     say: Say | None = None,
 ) -> list[Launch]:
@@ -114,9 +117,10 @@ def install(bundle: Bundle, say: Say | None = None) -> int:
         return 0
     arch = f"sm_{driver.active.get_current_target().arch}"
     taken = 0
-    for entry in index["entries"]:
-        if entry["arch"] == arch:
-            taken += _take(bundle, entry)
+    with _INSTALLING:
+        for entry in index["entries"]:
+            if entry["arch"] == arch:
+                taken += _take(bundle, entry, say)
     _tell(say, f"{taken} kernels for {arch} from the bundle")
     return taken
 
@@ -132,7 +136,8 @@ def _compiled(workers: _Workers, store: WorkStore | None, launch: Launch) -> dic
     return answer
 
 
-def _take(bundle: Bundle, entry: Mapping[str, Any]) -> bool:
+def _take(bundle: Bundle, entry: Mapping[str, Any], say: Say | None) -> bool:
+    """Whether Triton took this entry; one that it cannot use is told, and that kernel compiled at its first launch."""
     place = f"{FOLDER}/{entry['arch']}/{entry['key']}"
     files = {name: _verified(bundle, f"{place}/{name}") for name in entry["files"]}
     with TemporaryDirectory() as folder, knobs.cache.scope():
@@ -144,6 +149,9 @@ def _take(bundle: Bundle, entry: Mapping[str, Any]) -> bool:
             preload(Launch(entry["kernel"], entry["arch"], entry["specialization"]))
         except (_OtherKeyError, AotError):
             return False
+        except Exception as error:  # of Triton, which has classes of its own, or of an entry that is none
+            _tell(say, f"{entry['kernel']}: {type(error).__name__}: {error}")
+            return False
     return True
 
 
@@ -152,9 +160,16 @@ class _OtherKeyError(Exception):
 
 
 def _one_entry(key: str, group: dict[str, str]) -> type[CacheManager]:
-    """A cache that holds one entry, and ends the search for any other before Triton compiles."""
+    """A cache that holds one entry, and ends the search for any other before Triton compiles.
+
+    Triton has one cache for all threads: those of others get what was there.
+    """
+    usual, asking = knobs.cache.manager_class, threading.get_ident()
 
     class OneEntry(CacheManager):  # type: ignore[misc]  # Triton has no types
+        def __new__(cls, asked: str, override: bool = False, dump: bool = False) -> Any:
+            return super().__new__(cls) if threading.get_ident() == asking else usual(asked, override, dump)
+
         def __init__(self, asked: str, override: bool = False, dump: bool = False) -> None:
             if asked != key:
                 raise _OtherKeyError(asked)

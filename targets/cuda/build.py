@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from vdq_export import vendor_tool
 from vdq_export.bundle_writer import BundleWriter
 from vdq_export.contract import PassReport
@@ -31,8 +29,8 @@ def write(writer: BundleWriter, graphs: Mapping[str, Graph], archs: Sequence[str
         fused = tuple(map(_told, fuse.run(merged)))
         path = writer.add_graph(f"cuda.{number:02d}", *merged.skeleton())
         programs.append(Program(graph=path, bins=family.bins, fused=fused))
-    triton = _compile(writer, [writer.file(one.graph) for one in programs], archs, reporter) if archs else ""
-    told = Programs(programs=tuple(programs), kernels=tuple(archs), triton=triton)
+    kernels, triton = _compile(writer, [writer.file(one.graph) for one in programs], archs, reporter)
+    told = Programs(programs=tuple(programs), kernels=kernels, triton=triton)
     writer.add_file(PROGRAMS, told.to_json())
 
 
@@ -41,12 +39,19 @@ def _told(report: PassReport) -> Fused:
     return Fused(name=report.name, applied=report.applied, skipped=skipped)
 
 
-def _compile(writer: BundleWriter, graphs: Sequence[Path], archs: Sequence[str], reporter: Reporter) -> str:
-    """Kernels of all graphs into the bundle; Triton's version. Which ones is seen by running them without values."""
+def _compile(
+    writer: BundleWriter, graphs: Sequence[Path], archs: Sequence[str], reporter: Reporter
+) -> tuple[tuple[str, ...], str]:
+    """Kernels of all graphs into the bundle: (architectures that have some, Triton's version).
+
+    Which ones is seen by running the graphs without values.
+    """
+    if not archs:
+        return (), ""
     triton = vendor_tool.module("triton", "triton", "pip install 'vdq-export[cuda]', or --isa jit")
     from vdq_export.targets.cuda import aot
 
-    launches = sorted({one for path in graphs for one in aot.launches_of(path, dtype=torch.float16, archs=archs)})
+    launches = sorted({one for path in graphs for one in aot.launches_of(path, archs=archs, say=reporter.note)})
     done = itertools.count(1)
     with reporter.stage("compile kernels") as advance:
 
@@ -54,6 +59,8 @@ def _compile(writer: BundleWriter, graphs: Sequence[Path], archs: Sequence[str],
             advance(min(next(done), len(launches)), len(launches))
             reporter.note(text)
 
+        written = set[str]()
         for path, data in aot.compile_all(launches, say=say):
             writer.add_file(path, data)
-    return str(triton.__version__)
+            written.add(path.removeprefix(f"{aot.FOLDER}/").split("/")[0])
+    return tuple(arch for arch in archs if arch in written), str(triton.__version__)

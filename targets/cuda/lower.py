@@ -27,7 +27,7 @@ from vdq_export.targets.cuda import fused_ops
 from vdq_export.targets.cuda.folding import CASTS, Known, UnknownOperatorError
 from vdq_export.targets.cuda.onnx_parts import Constant, Op, Parts, folded, parts_of
 from vdq_export.targets.cuda.precision import Precision
-from vdq_export.targets.cuda.program import Program
+from vdq_export.targets.cuda.program import FLOAT, Program
 from vdq_export.targets.cuda.rules import RULES, Kind, Rule
 
 __all__ = ["UnknownOperatorError", "lower"]
@@ -39,13 +39,13 @@ def lower(
     *,
     folder: str | Path | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = FLOAT,
     weights: dict[Any, Any] | None = None,
     residual: torch.dtype | None = None,
 ) -> Program:
     """The program of `model`; a ModelProto's external data lies in `folder`.
 
-    dtype: of floats between kernels (float16, float32). residual: of the residual stream; None: float32. weights: what
+    dtype: of floats between kernels (bfloat16, float32). residual: of the residual stream; None: float32. weights: what
     programs of one folder share; each call finds there what is on the device, and adds to it. device "meta": shapes
     without values, to write down which kernels would run.
     Raises UnknownOperatorError, CompileError for a graph that is not static, MissingToolError for a GPU without

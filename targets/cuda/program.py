@@ -12,6 +12,7 @@ from vdq_export.errors import CompileError, ModelError
 from vdq_export.targets.cuda.onnx_parts import Port
 
 WARM_UPS = 3
+FLOAT = torch.float16  # between the kernels, unless asked otherwise; kernels are compiled ahead for it
 
 
 class Program:
@@ -82,6 +83,9 @@ class _Captured:
         self._given = {
             one.name: torch.zeros(one.shape, dtype=one.dtype, device=program.device) for one in program.inputs
         }
+        for buffer in self._given.values():  # what is tuned on zeros is tuned for zeros
+            if buffer.is_floating_point():
+                buffer.normal_()
         given = list(self._given.values())
         cuda: Any = torch.cuda
         side = cuda.Stream()
@@ -91,7 +95,8 @@ class _Captured:
                 program.module(*given)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        # Other threads may allocate and launch meanwhile: what they do is none of this graph.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._results = program.module(*given)
 
     def __call__(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,13 +8,15 @@ the result back.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from vdq_export import vendor_tool
 from vdq_export.bundle import Bundle
 from vdq_export.errors import BundleError, MissingToolError, UnknownNameError
 from vdq_export.plan import Branch
@@ -24,11 +26,15 @@ from vdq_export.runtime.engine import Engine
 from vdq_export.runtime.families import Family
 from vdq_export.runtime.memory import Values
 from vdq_export.schedule import Schedule
+from vdq_export.targets.cuda.fused_ops import HINT
 from vdq_export.targets.cuda.lower import lower
 from vdq_export.targets.cuda.ops import BIN
 from vdq_export.targets.cuda.program import Program
 from vdq_export.targets.cuda.programs import PROGRAMS, Programs
 
+# One at a time in a process: while a graph is captured nothing else may use its memory or make kernels, and the buffers
+# of programs that share memory hold one result.
+_DEVICE = threading.RLock()
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -44,17 +50,30 @@ def checked(device: str, dtype: str) -> torch.device:
             "no GPU that torch can use",
             hint='a CUDA build of torch and a driver are needed; device="cpu" checks numbers',
         )
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+        if kind == "cuda":
+            torch.cuda.get_device_properties(found)
+    except (RuntimeError, AssertionError) as error:
+        raise MissingToolError(f"{device!r} is no device here: {str(error).splitlines()[0]}") from error
+    return found
 
 
 def programs_of(bundle: Bundle) -> Programs:
-    """Raises BundleError for a bundle that was not made for GPUs."""
+    """Raises BundleError for a bundle that was not made for GPUs, or whose programs are not those of its bins."""
     if not bundle.manifest.file(PROGRAMS):
         raise BundleError(
             f"{bundle.path} was made for {bundle.manifest.target} and has no programs for a GPU",
             hint="export it with --target cuda",
         )
-    return Programs.from_json((bundle.path / PROGRAMS).read_bytes())
+    found = Programs.from_json((bundle.path / PROGRAMS).read_bytes())
+    for one in found.programs:
+        if bundle.manifest.file(one.graph) is None:
+            raise BundleError(f"{PROGRAMS} names {one.graph!r}, which is no file of {bundle.path}")
+    served = sorted(index for one in found.programs for index in one.bins)
+    if served != list(range(len(bundle.schedule.bins))):
+        raise BundleError(f"{PROGRAMS} serves bins {served}, the schedule has {len(bundle.schedule.bins)}")
+    return found
 
 
 class DeviceAhead(Ahead):
@@ -67,7 +86,8 @@ class DeviceAhead(Ahead):
 
     def run(self, part: Part, inputs: Mapping[str, Array], feeds: Callable[[], Mapping[str, Any]]) -> Values:
         def run() -> Values:
-            made = self._program(part.graph)(uploaded(feeds(), self._device))
+            with _DEVICE, _on(self._device, exact=True):
+                made = self._program(part.graph)(uploaded(feeds(), self._device))
             self.count(f"{part.kind}_runs")
             return made
 
@@ -87,26 +107,29 @@ class DeviceAhead(Ahead):
 
 
 class DeviceEngine(Engine):
-    """The programs of a bundle. Thread-safe: a program's buffers serve one call after the other."""
+    """The programs of a bundle, lowered when they are first needed. Thread-safe: one call after the other."""
 
     keeps_all = True  # weights are on the device once; a program without them is small
 
     def __init__(
         self, bundle: Bundle, schedule: Schedule, ahead: DeviceAhead, device: torch.device, dtype: str
     ) -> None:
-        self._device = device
-        weights: dict[Any, Any] = {}
-        if device.type == "cuda":
-            from vdq_export.targets.cuda import aot  # triton
-
-            aot.install(bundle)
+        self._device, self.device = device, str(device)
+        self._weights: dict[Any, Any] = {}
         graphs = programs_of(bundle).programs
+        pool = None
+        if device.type == "cuda":
+            vendor_tool.module("triton", "triton", HINT)
+            from vdq_export.targets.cuda import aot
+
+            with _DEVICE, _on(device):
+                aot.install(bundle)
+                pool = torch.cuda.graph_pool_handle()
 
         def make(family: Family) -> Any:
-            program = lower(family.graph, device=self._device, dtype=DTYPES[dtype], weights=weights)
-            if self._device.type == "cuda":
-                program.capture()
-            return program
+            with _DEVICE, _on(device, exact=dtype == "float32"):
+                program = lower(family.graph, device=device, dtype=DTYPES[dtype], weights=self._weights)
+                return program.capture(pool) if device.type == "cuda" else program
 
         found = [Family(one.bins, bundle.path / one.graph, None, {bin_: {} for bin_ in one.bins}) for one in graphs]
         self._rows = {
@@ -114,18 +137,33 @@ class DeviceEngine(Engine):
             for one in graphs
             for row, bin_ in enumerate(one.bins)
         }
-        self._running = threading.Lock()
         super().__init__(found, schedule, make, ahead, prefetch=False)
 
     def run(self, index: int, branch: Branch, inputs: Mapping[str, Array], output: str) -> Array:
         program: Any = self._session(index, branch)
         wanted = [one.name for one in program.inputs if one.name != BIN]
-        feeds = uploaded(self._ahead.feeds(index, wanted, inputs), self._device)
-        if len(wanted) < len(program.inputs):
-            feeds[BIN] = self._rows[index]
-        with self._running:
+        with _DEVICE, _on(self._device):
+            feeds = uploaded(self._ahead.feeds(index, wanted, inputs), self._device)
+            if len(wanted) < len(program.inputs):
+                feeds[BIN] = self._rows[index]
             result: Array = program(feeds)[output].float().cpu().numpy()
         return result
+
+    def close(self) -> None:
+        super().close()
+        with _DEVICE:
+            self._weights.clear()
+            self._rows.clear()
+
+
+@contextmanager
+def _on(device: torch.device, exact: bool = False) -> Iterator[None]:
+    """With `device` as the current one. exact: convolutions keep float32, which cuDNN else rounds to TF32."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device), torch.backends.cudnn.flags(allow_tf32=not exact):
+        yield
 
 
 def uploaded(values: Mapping[str, Any], device: torch.device) -> dict[str, torch.Tensor]:

@@ -44,6 +44,7 @@ class Statistics:
 class Engine:
     """The sessions of a bundle's families, and of what runs ahead of them. Thread-safe; close() it."""
 
+    device = "cpu"
     keeps_all = False  # sessions that are neither used nor foreseen are dropped
 
     def __init__(

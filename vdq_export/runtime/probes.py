@@ -56,6 +56,7 @@ class Probes:
     def close(self) -> None:
         with self._lock:
             self._sessions.clear()
+        self._ahead.close()
 
     def _session(self, expert: str) -> ort.InferenceSession:
         graph = (self._policy or CachePolicy(threshold=0.0)).probe(expert).graph

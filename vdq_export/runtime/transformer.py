@@ -138,7 +138,7 @@ class Transformer:
     def device(self) -> torch.device:
         import torch
 
-        return torch.device("cpu")
+        return torch.device(self._engine.device)
 
     def to(self, *_where: Any, **_how: Any) -> Transformer:
         """Does nothing: the graphs are compiled for one place and precision."""
