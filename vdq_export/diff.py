@@ -69,14 +69,21 @@ def diff(a: Path, b: Path) -> Difference:
 
 def diff_views(a: GraphView, b: GraphView) -> Difference:
     """Compare two graphs already loaded."""
-    comparison = _Comparison(match(Side(a), Side(b)))
+    return compare(a, b)[0]
+
+
+def compare(a: GraphView, b: GraphView) -> tuple[Difference, Matching]:
+    """What differs between two graphs, and which operator of one is which of the other."""
+    matching = match(Side(a), Side(b))
+    comparison = _Comparison(matching)
     changes = tuple(comparison.changes())
     names = [(one.type, one.name, other.name) for one, other in comparison.pairs() if one.name != other.name]
     renamed_io = tuple(f"{old} -> {new}" for kind, old, new in names if kind in (INPUT, OUTPUT))
     counts = _counts(changes)
-    return Difference(
+    difference = Difference(
         a.origin, b.origin, "graph", not changes, counts, changes, len(names), renamed_io, comparison.follow_on
     )
+    return difference, matching
 
 
 def _what(path: Path) -> Literal["graph", "bundle"]:

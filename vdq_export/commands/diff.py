@@ -15,13 +15,21 @@ from vdq_export.diff_render import render
 @bundle_argument("a")
 @bundle_argument("b")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page: both side by side.")
+@click.option("--block", metavar="NAME", help="Draw this block there, such as blocks.0; by default those that changed.")
 @click.pass_context
-def diff_command(context: click.Context, a: Path, b: Path, as_json: bool) -> None:
+def diff_command(context: click.Context, a: Path, b: Path, as_json: bool, html: Path | None, block: str | None) -> None:
     """Compare two ONNX files, or two bundles: operators added, removed, rewired, retyped, parameters changed.
 
     Weights compare by hash, and renaming is no difference. Exit code 0: same, 1: different, 2: cannot be compared.
     """
+    if block is not None and html is None:
+        raise click.UsageError("--block is for the page: give --html FILE")
     difference = diff(a, b)
+    if html is not None:
+        from vdq_export.report.graph_page import diff_page
+
+        html.write_bytes(diff_page(a, b, block))
     click.echo(difference.to_json().decode() if as_json else render(difference), nl=False)
     if not difference.same:
         context.exit(1)

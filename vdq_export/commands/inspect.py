@@ -8,22 +8,54 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from vdq_export import pipeline, targets
 from vdq_export.commands.options import bundle_argument
 from vdq_export.inspect import AheadSummary, GraphSummary, Summary, summarize
+from vdq_export.manifest import MANIFEST
 
+_BEHIND = (*pipeline.FLOAT, *pipeline.SHARED, *pipeline.PER_BIN)
 WIDEST = 5  # activation scales shown of those that vary most over the bins
 
 
 @click.command("inspect")
 @bundle_argument("path")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def inspect_command(path: Path, as_json: bool) -> None:
-    """Summarise an ONNX file or a bundle: operators, inputs and outputs, sizes, linears quantized, scales per bin."""
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Draw a block into this file instead.")
+@click.option("--block", metavar="NAME", help="Module to draw, such as blocks.0 or blocks.0.attn1; default: the first.")
+def inspect_command(path: Path, as_json: bool, html: Path | None, block: str | None) -> None:
+    """Summarise an ONNX file or a bundle: operators, inputs and outputs, sizes, linears quantized, scales per bin.
+
+    With --html one block is drawn as a page. Of the folder that `--dump-after all` wrote it is drawn before and after
+    each pass, with what changed.
+    """
+    if html is not None:
+        _draw(path, html, block)
+        return
+    if block is not None:
+        raise click.UsageError("--block is for the page: give --html FILE")
     summary = summarize(path)
     if as_json:
         click.echo(summary.to_json().decode(), nl=False)
     else:
         print_summary(summary, Console())
+
+
+def _draw(path: Path, html: Path, block: str | None) -> None:
+    from vdq_export.report.graph_page import graph_page, passes_page
+
+    dumps = [] if (path / MANIFEST).is_file() else dumped(path)
+    html.write_bytes(passes_page(path, dumps, block) if dumps else graph_page(path, block))
+    click.echo(f"{html}: open it in a browser")
+
+
+def dumped(folder: Path) -> list[tuple[str, Path]]:
+    """(pass, file) of what `--dump-after` wrote, in the order of the passes; of several graphs the first's."""
+    found = {file.stem: file for file in folder.glob("*.onnx")}
+    orders = [(*pipeline.canonical(name), *_BEHIND, *module.PASSES) for name, module in targets.catalogue().items()]
+    order = max(orders, key=lambda one: len(found.keys() & set(one)))  # of the target that it was made for
+    # Between the passes of the network and those of its bins, hoisting takes out what no step changes.
+    first = pipeline.SHARED[0]
+    return [(f"hoisting, {name}" if name == first else name, found[name]) for name in order if name in found]
 
 
 def print_summary(summary: Summary, console: Console) -> None:
