@@ -65,6 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("vdq-export plan sample : digits --recipe static-f", ["static-fp8"]),
         ("vdq-export --dump-after qdq", ["qdq", "qdq_values"]),
         ("vdq-export targets op", ["openvino"]),
+        ("vdq-export --target qnn --isa v7", ["v73", "v75", "v79"]),
         ("vdq-export inspect b", ["bundle"]),
         ("vdq-export diff inner/", ["inner/other"]),
         ("vdq-export completion f", ["fish"]),

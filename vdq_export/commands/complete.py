@@ -38,6 +38,12 @@ def target_names() -> list[str]:
     return sorted(name.replace("_", "-") for name in files if not name.startswith("_"))
 
 
+def isas(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """What --isa takes for the --target before it. This one does import the targets."""
+    known = targets.catalogue().get(context.params.get("target") or "ort-int8")
+    return [] if known is None else of(lambda: known.spec().isas)(context, parameter, incomplete)
+
+
 def sample_names() -> list[str]:
     """NAMES of the sample packages, with the prefix that makes them models."""
     found = []

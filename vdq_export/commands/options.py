@@ -141,7 +141,9 @@ planning = together(
         shell_complete=complete.target,
         help="Deployment target; see `vdq-export targets`.",
     ),
-    click.option("--isa", help="Instruction set to compile for; by default this machine's."),
+    click.option(
+        "--isa", shell_complete=complete.isas, help="Instruction set to compile for; by default this machine's."
+    ),
     click.option("--tsw", help="Timestep bins (of each expert): a number, `auto` or `all`; by default the recipe's."),
     click.option(
         "--bins",
