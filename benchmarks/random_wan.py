@@ -1,4 +1,4 @@
-"""Wan transformers of true size with random bfloat16 weights, as the sharded folders that diffusers writes.
+"""Video transformers of true size with random bfloat16 weights, as the sharded folders that diffusers writes.
 
 All weights are windows of one block of random numbers, each tensor's at a place of its own, so that 28 GB take as long
 as writing them. Norms' gains are around 1.
@@ -22,28 +22,29 @@ SCALE = 0.02  # standard deviation of weights
 BLOCK = 1 << 26  # numbers
 SHARD_BYTES = 5_000_000_000
 STEM = "diffusion_pytorch_model"
+WAN = "WanTransformer3DModel"
 Array = np.ndarray[Any, Any]
 
 
-def write(folder: Path, settings: Mapping[str, Any]) -> int:
-    """Bytes of the weights of WanTransformer3DModel(**settings) in `folder`; written unless they are there already."""
-    shapes = _shapes(settings)
-    done = folder / "done.json"
-    if not done.is_file() or json.loads(done.read_text()) != dict(settings):
+def write(folder: Path, settings: Mapping[str, Any], class_name: str = WAN) -> int:
+    """Bytes of the weights of diffusers' class of this name in `folder`; written unless they are there already."""
+    shapes = _shapes(settings, class_name)
+    config, done = {"_class_name": class_name, **settings}, folder / "done.json"
+    if not done.is_file() or json.loads(done.read_text()) != config:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        _write(folder, settings, shapes)
-        done.write_text(json.dumps(dict(settings)))
+        _write(folder, config, shapes)
+        done.write_text(json.dumps(config))
     return sum(2 * int(np.prod(shape)) for shape in shapes.values())
 
 
-def _shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _shapes(settings: Mapping[str, Any], class_name: str) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
-        network = diffusers.WanTransformer3DModel(**settings)
+        network = getattr(diffusers, class_name)(**settings)
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def _write(folder: Path, settings: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _write(folder: Path, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
     random = np.random.default_rng(0)
     small = random.standard_normal(BLOCK, np.float32)
     small *= SCALE
@@ -65,14 +66,14 @@ def _write(folder: Path, settings: Mapping[str, Any], shapes: Mapping[str, tuple
         with (folder / file).open("wb") as stream:
             stream.write(_header(shard))
             for name, shape in shard.items():
-                source = gains if "norm" in name and name.endswith("weight") else weights
+                source = gains if "norm" in name and name.endswith("weight") and len(shard[name]) == 1 else weights
                 for piece in _pieces(name, int(np.prod(shape)), source):
                     stream.write(piece)
     total = sum(2 * int(np.prod(shape)) for shape in shapes.values())
     (folder / f"{STEM}.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": index})
     )
-    (folder / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel", **settings}))
+    (folder / "config.json").write_text(json.dumps(dict(config)))
 
 
 def _header(shard: Mapping[str, tuple[int, ...]]) -> bytes:

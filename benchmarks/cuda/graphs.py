@@ -7,6 +7,8 @@ type, floats normal around what a network of that size has. Never zeros: a GPU m
 from __future__ import annotations
 
 import lzma
+from contextlib import ExitStack
+from os import SEEK_END
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +24,37 @@ def names() -> list[str]:
     return sorted(place.name.removesuffix(".onnx.xz") for place in GRAPHS.glob("*.onnx.xz"))
 
 
-def materialize(name: str, folder: Path, graphs: Path = GRAPHS) -> Path:
-    """The graph `name` as an .onnx file in `folder`, its weights beside it."""
-    proto = onnx.ModelProto.FromString(lzma.decompress((graphs / f"{name}.onnx.xz").read_bytes()))
+def load(name: str, graphs: Path = GRAPHS) -> onnx.ModelProto:
+    """The graph `name`, without what lies in its files."""
+    return onnx.ModelProto.FromString(lzma.decompress((graphs / f"{name}.onnx.xz").read_bytes()))
+
+
+def materialize(name: str, folder: Path, graphs: Path = GRAPHS, *, values: bool = True) -> Path:
+    """The graph `name` as an .onnx file in `folder`, its weights beside it.
+
+    values: without, files as long as they should be that hold nothing, for who asks for shapes alone.
+    """
+    proto = load(name, graphs)
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
-    normal = random.standard_normal(_BLOCK, np.float32)
-    integers = random.integers(-128, 128, _BLOCK, np.int8)
-    places: dict[Path, Any] = {}
-    try:
+    normal = random.standard_normal(_BLOCK if values else 1, np.float32)
+    integers = random.integers(-128, 128, _BLOCK if values else 1, np.int8)
+    with ExitStack() as stack:
+        files: dict[Path, Any] = {}
         for tensor in proto.graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                where = {entry.key: entry.value for entry in tensor.external_data}
-                place = folder / where["location"]
-                if place not in places:
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    places[place] = place.open("wb")
-                places[place].seek(int(where["offset"]))
-                places[place].write(_values(tensor, int(where["length"]), normal, integers))
-    finally:
-        for file in places.values():
-            file.close()
+            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+                continue
+            where = {entry.key: entry.value for entry in tensor.external_data}
+            place, start, length = folder / where["location"], int(where["offset"]), int(where["length"])
+            if place not in files:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                files[place] = stack.enter_context(place.open("wb"))
+            file = files[place]
+            if values:
+                file.seek(start)
+                file.write(_values(tensor, length, normal, integers))
+            else:
+                file.truncate(max(file.seek(0, SEEK_END), start + length))
     out = folder / f"{name}.onnx"
     out.write_bytes(proto.SerializeToString())
     return out

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import lzma
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ FOLDER = common.WORK / "cuda"
 REACH = 4.0  # standard deviations of a normal activation that its range covers
 STEPS = (999.0, 750.0, 500.0, 250.0)
 WAN = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
+HUNYUAN = {"num_layers": 2, "num_single_layers": 2}  # of 24 heads of 128 channels
+HUNYUAN_SMALL = {
+    "num_attention_heads": 2, "num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "text_embed_dim": 128,
+    "pooled_projection_dim": 32,
+}  # fmt: skip
 VIDEO = {"frames": 81, "height": 480, "width": 832}  # 32 760 tokens
 
 
@@ -45,15 +50,13 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="Small ones, into build/: does it work?")
     chosen = parser.parse_args()
     for name in [chosen.only] if chosen.only else NETWORKS:
-        for kind in RECIPES:
-            place = prepare(name, kind, small=chosen.small)
-            print(f"{place}: {place.stat().st_size / 1e3:.0f} kB")
+        for place in prepare(name, small=chosen.small):
+            print(f"{place}: {place.stat().st_size / 1e3:.0f} kB", flush=True)
 
 
-def prepare(name: str, kind: str, *, small: bool = False) -> Path:
-    """The compressed program of network `name` by recipe `kind`."""
-    source = NETWORKS[name](small)
-    model = sources.resolve(source)
+def prepare(name: str, *, small: bool = False, kinds: Sequence[str] = ()) -> Iterator[Path]:
+    """The compressed programs of network `name`, by each recipe of `kinds`, by default all."""
+    model = sources.resolve(NETWORKS[name](small))
     graph = trace(model)
     work = FOLDER / ("small" if small else "full") / name
     work.mkdir(parents=True, exist_ok=True)
@@ -61,19 +64,21 @@ def prepare(name: str, kind: str, *, small: bool = False) -> Path:
     pipeline.run_passes(observed, pipeline.canonical("cuda"), PassContext())
     record = work / "record.safetensors"
     synthetic(observed, model).save(record)
-    reporter = TerminalReporter(1)
-    planned = make_plan(
-        model, target="cuda", isa="jit", recipe=RECIPES[kind](), tsw=len(STEPS), calibration=record,
-        traced={"": graph}, reporter=reporter,
-    )  # fmt: skip
-    out = work / f"bundle-{kind}"
-    with BundleWriter(out, force=True) as writer:
-        finish(planned, writer, reporter=reporter)
-    place = (work if small else GRAPHS) / f"{name}.{kind}.onnx.xz"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_bytes(lzma.compress((out / "graphs" / "cuda.00.onnx").read_bytes(), preset=9))
-    shutil.rmtree(out)
-    return place
+    del observed
+    for kind in kinds or RECIPES:
+        reporter = TerminalReporter(1)
+        planned = make_plan(
+            model, target="cuda", isa="jit", recipe=RECIPES[kind](), tsw=len(STEPS), calibration=record,
+            traced={"": graph.copy()}, reporter=reporter,
+        )  # fmt: skip
+        out = work / f"bundle-{kind}"
+        with BundleWriter(out, force=True) as writer:
+            finish(planned, writer, reporter=reporter)
+        place = (work if small else GRAPHS) / f"{name}.{kind}.onnx.xz"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(lzma.compress((out / "graphs" / "cuda.00.onnx").read_bytes(), preset=9))
+        shutil.rmtree(out)
+        yield place
 
 
 def synthetic(graph: Graph, model: Model) -> CalibrationRecord:
@@ -108,6 +113,16 @@ def _wan(small: bool) -> str:
     return f"{folder}?" + "&".join(f"{key}={value}" for key, value in video.items())
 
 
+def _hunyuan(small: bool) -> str:
+    """Two dual-stream and two single-stream blocks of HunyuanVideo's width, between its embeddings and projection."""
+    from benchmarks import random_wan
+
+    folder = FOLDER / ("small" if small else "full") / "hunyuan-model"
+    random_wan.write(folder, HUNYUAN_SMALL if small else HUNYUAN, "HunyuanVideoTransformer3DModel")
+    video = {"frames": 5, "height": 64, "width": 64} if small else VIDEO
+    return f"{folder}?" + "&".join(f"{key}={value}" for key, value in video.items())
+
+
 def _w8a8(scores: str, values: str) -> recipe.Recipe:
     """Weights by min/max: the benchmark draws its own."""
     attention: Any = recipe.AttentionRecipe(scores=scores, values=values)  # type: ignore[arg-type]
@@ -119,7 +134,7 @@ def _w4a8() -> recipe.Recipe:
     return msgspec.structs.replace(_w8a8("int8", "fp8"), weights=weights)
 
 
-NETWORKS = {"wan-1.3b": _wan}
+NETWORKS = {"wan-1.3b": _wan, "hunyuan-blocks": _hunyuan}
 RECIPES = {
     "w8a8": lambda: _w8a8("float", "float"),
     "w8a8-attention": lambda: _w8a8("int8", "fp8"),

@@ -43,12 +43,3 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         run()
     return graph.replay
-
-
-def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes allocated at most while `run` runs."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
