@@ -115,13 +115,21 @@ def normalize(
 
 
 def rope(
-    x: Array, weight: Any = None, cos: Any = None, sin: Any = None, out_scale: Any = None, *, attrs: Attrs
+    x: Array,
+    weight: Any = None,
+    cos: Any = None,
+    sin: Any = None,
+    out_scale: Any = None,
+    bias: Any = None,
+    *,
+    attrs: Attrs,
 ) -> tuple[Array | None, ...]:
     heads, kind = attrs["heads"], attrs["norm"]
     apart = (*x.shape[:2], heads, x.shape[2] // heads)
     v = _wide(x).reshape(apart) if kind.endswith("_head") else _wide(x)
     v = _norm(v, kind.removesuffix("_head"), attrs.get("epsilon", 0.0))
-    v = (v if weight is None else v * _wide(weight)).reshape(apart)
+    v = v if weight is None else v * _wide(weight)
+    v = (v if bias is None else v + _wide(bias)).reshape(apart)
     if cos is not None:
         half, v = cos.shape[-1], v.copy()
         a, b = (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if attrs.get("interleaved") else (

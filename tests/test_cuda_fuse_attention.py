@@ -89,6 +89,15 @@ def test_quantized_operands_of_attention_that_is_written_out(factor: float) -> N
     assert held(node, "q_scale").shape == [H]
 
 
+@pytest.mark.parametrize("axes", [[0], [1], [0, 1]])
+def test_keys_that_samples_or_heads_share_stay_written_out(axes: list[int]) -> None:
+    make = Builder()
+    k = make.op("ReduceMean", heads(make, "x", "k", keys=True), make.param("axes", axes, "int64"), name="shared")
+    graph, reports = fused(built(make, {attention(make, heads(make, "x", "q"), k, heads(make, "x", "v")): (B, T, C)}))
+    assert "Attention" not in kinds(graph)
+    assert "not those of heads" in skips(reports)
+
+
 def test_one_scale_a_head_is_wanted() -> None:
     make = Builder()
     info = {"attn": (B, T, C)}
@@ -137,6 +146,28 @@ def test_equal_angles_are_held_once() -> None:
     graph, _ = fused(built(make, {y: (B, T, C), other: (B, 4, C)}, info))
     tables = {id(operand(node, "cos")) for node in graph.nodes if node.op == "Rope"}
     assert (kinds(graph)["Rope"], len(tables)) == (3, 2)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_a_layer_norm_a_head_in_front_of_an_embedding(codes: bool) -> None:
+    make = Builder()
+    d = C // H
+    apart = make.op("Reshape", "x", make.param("apart.shape", [B, T, H, d], "int64"), name="apart")
+    affine = (make.param(name, make.random.normal(size=d)) for name in ("weight", "bias"))
+    normed = make.op("LayerNormalization", apart, *affine, name="norm", axis=-1, epsilon=1e-3)
+    flat = make.op("Reshape", normed, make.param("flat.shape", [B, T, C], "int64"), name="flat")
+    y = embedded(make, flat, T, "rope")
+    given = make.param("s", np.repeat([0.02, 0.03], d)), make.param("z", np.zeros(C), "int8")
+    if codes:
+        y = make.op(
+            "DequantizeLinear", make.op("QuantizeLinear", y, *given, name="Q", axis=2), *given, name="DQ", axis=2
+        )
+        y = make.op("MultiHeadAttention", y, y, "x", name="attn", num_heads=H, domain="com.microsoft")
+    info = {"rope": (B, T, C), "attn": (B, T, C)}
+    graph, _ = fused(built(make, {make.op("Neg", y, name="y"): (B, T, C)}, info))
+    nodes = [node for node in graph.nodes if node.op == "Rope"]
+    assert kinds(graph) == ({"Rope": 1, "Attention": 1, "Neg": 1} if codes else {"Rope": 1, "Neg": 1})
+    assert (nodes[0].attrs["norm"], held(nodes[0], "bias").shape) == ("layer_head", (d,))
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -4,7 +4,7 @@ Legend: x[B, S, H·D]; R ≤ D channels of a head turn; cos, sin[S, R/2].
 
     RotaryEmbedding(x, 0, cos, sin)                                         ->  Rope(x, cos, sin)
     x / √(mean(x²) + ε) · w[H·D] in front of it                             ->  norm rms, weight
-    the same, or LayerNormalization, of x as [B, S, H, D] with w[D]         ->  norm rms_head or layer_head
+    the same, or LayerNormalization(w[D], b[D]), of x as [B, S, H, D]       ->  norm rms_head or layer_head, bias
     a Rope that only quantizes, one scale a head, behind it                 ->  out_scale: codes instead of floats
 
 Exact up to the rounding of intermediate values. A Rope that quantizes takes a norm in front of it without an embedding
@@ -84,8 +84,9 @@ def _norm(graph: Graph, node: Node) -> bool:
     per_head = value is not x
     found = norm_of(graph, value)
     alone = all(len(readers(one)) == 1 and not is_output(graph, one) for one in (x, value))
-    if found is None or not alone or found.bias is not None or (found.kind == "layer" and not per_head):
+    if found is None or not alone or (found.kind == "layer" and not per_head):
         return False
-    put(node, x=reshaped(graph, found.x, x.shape), weight=found.weight and channels(graph, found.weight))
+    weight, bias = (one and channels(graph, one) for one in (found.weight, found.bias))
+    put(node, x=reshaped(graph, found.x, x.shape), weight=weight, bias=bias)
     node.attrs.update(norm=f"{found.kind}_head" if per_head else found.kind, epsilon=found.epsilon)
     return True

@@ -111,17 +111,10 @@ def normalize(
     return _shaped(y, x, width), _shaped(q, x, width), _shaped(low, x, rank)
 
 
-def rope(
-    x: Tensor, *, heads: int, scale: Result = None, codes: torch.dtype = torch.int8, dtype: torch.dtype, **rest: Any
-) -> Tensor:
-    """x[B, S, H·D] -> the same, of floats, or with scale[H] codes: int8 by the kernel, float8 by torch behind it."""
-    run = kernel("rope", "rope")
-    if scale is None or codes == torch.int8:
-        found: Tensor = run(x, heads=heads, scale=scale, dtype=dtype, **rest)
-        return found
-    values: Tensor = run(x, heads=heads, dtype=torch.float32, **rest).view(*x.shape[:-1], heads, -1)
-    limit = torch.finfo(codes).max
-    return (values / scale.view(-1, 1)).clamp(-limit, limit).to(codes).view(x.shape)
+def rope(x: Tensor, **arguments: Any) -> Tensor:
+    """x[B, S, H·D] -> the same, of floats, or with scale[H] codes."""
+    found: Tensor = kernel("rope", "rope")(x, **arguments)
+    return found
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Result, Result]:

@@ -49,13 +49,18 @@ def run(graph: Graph, context: PassContext) -> PassReport:
         if found is None:
             continue
         shapes = [list(value.shape) for value in found.operands]
-        if any(len(shape) != 4 for shape in shapes) or shapes[0][3] != shapes[2][3] or shapes[0][:2] != shapes[2][:2]:
+        if not _are_heads(*shapes):
             report.skip(scores.name, f"operands of {', '.join(map(str, shapes))} are not those of heads")
             continue
         _gather(graph, found)
         report.did(f"{scores.name}{' with a mask' if found.mask is not None else ''}")
     graph.cleanup()
     return report
+
+
+def _are_heads(q: list[int], k: list[int], v: list[int]) -> bool:
+    """Whether each has its own heads in every sample; the node knows no shared ones, nor values of another width."""
+    return len(q) == len(k) == len(v) == 4 and q[:2] == k[:2] == v[:2] and q[3] == v[3]
 
 
 def _written(graph: Graph, scores: Node) -> _Written | None:
@@ -118,10 +123,6 @@ def _gather(graph: Graph, found: _Written) -> None:
         made = graph.add_node("Transpose", [made], name, dtype=product.dtype, shape=product.shape, attrs=attrs)
     remove(old.inputs[0])
     graph.replace_uses(old, made)
-
-
-def _merges(turned: Node, merged: Node, shape: list[int]) -> bool:
-    return list(turned.attrs["perm"]) == list(_QUERIES) and list(merged.outputs[0].shape) == shape
 
 
 def _operand(graph: Graph, value: Value, perm: tuple[int, ...], *, peel: bool) -> tuple[Value, float]:

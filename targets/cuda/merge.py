@@ -17,11 +17,9 @@ from onnx import helper
 
 from vdq_export.errors import PassError
 from vdq_export.graph import Array, Constant, Graph, Node, Value, is_constant
-from vdq_export.targets.cuda.ops import BIN, BINS, DOMAIN
+from vdq_export.targets.cuda.ops import BIN, BINS, DOMAIN, SHIFT, line
 
-SHIFT = 128  # between a uint8 quantizer's q and the int8 code that kernels multiply
 _EXACT = 1 << 24  # integers up to here are float32 numbers
-_LINE = 4  # numbers: each parameter begins on 16 bytes, as kernels like their pointers
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def merge(graph: Graph, constants: Sequence[Mapping[str, Array]]) -> Graph:
     columns = [_column(one, constants) for one in made.constants() if _is_parameter(one, constants)]
     if not columns:
         return made
-    widths = [-(-column.rows.shape[1] // _LINE) * _LINE for column in columns]
+    widths = [line(column.rows.shape[1]) for column in columns]
     table = np.zeros((len(constants), sum(widths)), np.float32)
     index = made.add_input(made.fresh(BIN), np.int64, [1])
     bins = made.constant(made.fresh(BINS), table)

@@ -15,6 +15,8 @@ from types import MappingProxyType
 
 DOMAIN = "vdq.cuda"
 BIN, BINS = "bin", "bins"
+SHIFT = 128  # between a uint8 quantizer's q and the int8 code that kernels multiply
+_LINE = 4  # numbers: each parameter begins on 16 bytes of the table, as kernels like their pointers
 
 INPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "Row": ("bins", "bin"),
@@ -24,10 +26,15 @@ INPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType({
         "out_scale", "out_zero",
     ),
     "Normalize": ("x", "weight", "bias", "scale", "shift", "smooth", "post", "out_scale", "out_zero", "down"),
-    "Rope": ("x", "weight", "cos", "sin", "out_scale"),
+    "Rope": ("x", "weight", "cos", "sin", "out_scale", "bias"),
     "Attention": ("q", "k", "v", "mask", "q_scale", "k_scale", "v_scale", "out_scale", "out_zero"),
 })  # fmt: skip
 OUTPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "Row": ("row",), "Pick": ("value",), "Linear": ("y", "q"), "Normalize": ("y", "q", "low"), "Rope": ("y",),
     "Attention": ("y", "q"),
 })  # fmt: skip
+
+
+def line(size: int) -> int:
+    """How many numbers of the table a parameter of so many takes."""
+    return -(-size // _LINE) * _LINE

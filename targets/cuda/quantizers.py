@@ -17,14 +17,12 @@ import numpy as np
 from onnx import helper
 
 from vdq_export.graph import Array, Graph, Node, Value, is_constant
-from vdq_export.match import made_by, readers, scalar
+from vdq_export.match import made_by, scalar
 from vdq_export.number_grid import numpy_type
 from vdq_export.plan import E4M3_MAX
 from vdq_export.targets.cuda._fused import fused_by
-from vdq_export.targets.cuda.ops import DOMAIN
+from vdq_export.targets.cuda.ops import DOMAIN, SHIFT, line
 
-SHIFT = 128
-LINE = 4  # numbers: each parameter begins on 16 bytes of the table
 _TYPES = {"uint8": "int8", "int8": "int8", "float8_e4m3fn": "float8e4m3fn"}
 _RANGES = {"int8": (-SHIFT, SHIFT - 1), "float8e4m3fn": (-E4M3_MAX, E4M3_MAX)}
 _NEAR = 1e-3  # a bound is a level times a scale, both float32
@@ -84,7 +82,7 @@ def in_table(graph: Graph, like: Value, entries: Array) -> Value:
         return graph.constant(graph.fresh(name), entries[0])
     row = pick.inputs[0]
     table = row.inputs[0].inputs[0]
-    offset, width = table.values.shape[1], -(-entries.shape[1] // LINE) * LINE
+    offset, width = table.values.shape[1], line(entries.shape[1])
     padded = np.pad(entries, ((0, 0), (0, width - entries.shape[1])))
     table.values = np.concatenate([table.values, padded], axis=1)
     row.shape = [offset + width]
@@ -125,12 +123,6 @@ def codes_of(value: Value) -> Node | None:
     back = made_by(value, "DequantizeLinear")
     there = made_by(back.inputs[0], "QuantizeLinear") if back else None
     return there if back is not None and there is not None and same(back, there) else None
-
-
-def is_round_trip(node: Node) -> bool:
-    """Whether all that reads a QuantizeLinear's result turns it back."""
-    found = readers(node.outputs[0])
-    return bool(found) and all(reader.op == "DequantizeLinear" and same(node, reader) for reader in found)
 
 
 def _number(value: Value) -> tuple[Value, float | None]:

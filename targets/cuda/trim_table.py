@@ -16,7 +16,7 @@ from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node
 from vdq_export.match import readers
 from vdq_export.targets.cuda._fused import is_fused
-from vdq_export.targets.cuda.quantizers import LINE
+from vdq_export.targets.cuda.ops import line
 
 NAME = "trim_table"
 
@@ -34,7 +34,7 @@ def _trim(graph: Graph, node: Node) -> int:
     table, row = node.inputs[0], node.outputs[0]
     picks = sorted(readers(row), key=lambda pick: (pick.attrs["offset"], pick.name))
     sizes = [prod(pick.attrs.get("shape", ())) for pick in picks]
-    width = sum(-(-size // LINE) * LINE for size in sizes)
+    width = sum(line(size) for size in sizes)
     if width >= table.values.shape[1]:
         return 0
     values, offset = np.zeros((len(table.values), width), np.float32), 0
@@ -42,7 +42,7 @@ def _trim(graph: Graph, node: Node) -> int:
         begin = pick.attrs["offset"]
         values[:, offset : offset + size] = table.values[:, begin : begin + size]
         pick.attrs["offset"] = offset
-        offset += -(-size // LINE) * LINE
+        offset += line(size)
     freed: int = table.values.shape[1] - width
     table.values, row.shape = values, [width]
     return freed

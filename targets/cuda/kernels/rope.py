@@ -1,11 +1,12 @@
-"""Normalization and rotary position embedding of q or k in one pass, then floats or int8 codes for the attention.
+"""Normalization and rotary position embedding of q or k in one pass, then floats or codes for the attention.
 
     n = x · weight / rms(x)                          rms: over all H·D channels; rms_head: over the D of each head
       = (x − mean(x)) · weight / std(x) + bias       layer_head: over the D of each head
       = x                                            none
     r[i] = n[i]·cos[s, f] − n[j]·sin[s, f]           i, j: the two channels of pair f, R/2 pairs, of token s
     r[j] = n[j]·cos[s, f] + n[i]·sin[s, f]           half-split: f and R/2 + f; interleaved: 2f and 2f + 1
-    y = r, or clip(round_half_even(r / scale[h]), −128, 127), one scale a head
+    y = r, or codes, one scale a head: clip(round_half_even(r / scale[h]), −128, 127) in int8,
+        clip(r / scale[h], −448, 448) to the nearest float8e4m3fn
 
 Channels from R on are copied. All of it float32.
 
@@ -28,15 +29,16 @@ from vdq_export.targets.cuda.kernels import _config
 from vdq_export.targets.cuda.kernels._backend import blocks, power_of_two, runs_triton
 from vdq_export.targets.cuda.kernels._config import Config
 from vdq_export.targets.cuda.kernels._epilogue import divide
-from vdq_export.targets.cuda.kernels._numbers import narrow
+from vdq_export.targets.cuda.kernels._numbers import float8_bits, narrow, to_float8
+from vdq_export.targets.cuda.kernels._quant import FLOAT8
 
 NORMS = ("none", "rms", "rms_head", "layer_head")
-LEAST_CODE, GREATEST_CODE = -128, 127
+LIMITS = {torch.int8: (-128, 127), FLOAT8: (-448, 448)}
 CHANNELS_A_WARP = 512  # 16 a lane: input, partner, cosine and sine of each stay in registers
 MOST_WARPS = 16
 
-_LEAST = tl.constexpr(float(LEAST_CODE))
-_GREATEST = tl.constexpr(float(GREATEST_CODE))
+_LEAST, _GREATEST = (tl.constexpr(float(limit)) for limit in LIMITS[torch.int8])
+_FLOAT8_MAX = tl.constexpr(float(LIMITS[FLOAT8][1]))
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: a float32 this large has steps of one
 
 
@@ -44,19 +46,19 @@ def rope(
     x: torch.Tensor, *, heads: int, norm: str = "none", weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None, epsilon: float = 0.0, cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None, interleaved: bool = False, scale: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    codes: torch.dtype = torch.int8, dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:  # fmt: skip
-    """y[B, S, H·D] of x[B, S, H·D]: int8 codes with scale[H], else floats in `dtype`; see above."""
+    """y[B, S, H·D] of x[B, S, H·D]: `codes` (int8, float8) with scale[H], else floats in `dtype`."""
     run = launch if runs_triton(x) and x.numel() else reference
     return run(x, heads=heads, norm=norm, weight=weight, bias=bias, epsilon=epsilon, cos=cos, sin=sin,
-               interleaved=interleaved, scale=scale, dtype=dtype)  # fmt: skip
+               interleaved=interleaved, scale=scale, codes=codes, dtype=dtype)  # fmt: skip
 
 
 def reference(
     x: torch.Tensor, *, heads: int, norm: str = "none", weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None, epsilon: float = 0.0, cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None, interleaved: bool = False, scale: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    codes: torch.dtype = torch.int8, dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:  # fmt: skip
     """The same in plain torch."""
     v = _normed(x.float().unflatten(2, (heads, -1)), norm, epsilon)
@@ -68,7 +70,9 @@ def reference(
         v = _rotated(v, cos.float().unsqueeze(1), sin.float().unsqueeze(1), interleaved)
     if scale is None:
         return v.flatten(2).to(dtype)
-    return (v / scale.reshape(-1, 1)).round().clamp(LEAST_CODE, GREATEST_CODE).to(torch.int8).flatten(2)
+    quotient = v / scale.reshape(-1, 1)
+    quotient = quotient.round() if codes == torch.int8 else quotient
+    return quotient.clamp(*LIMITS[codes]).to(codes).flatten(2)
 
 
 def _normed(v: torch.Tensor, norm: str, epsilon: float) -> torch.Tensor:
@@ -120,6 +124,18 @@ def _statistics(v, inside, epsilon, NORM: tl.constexpr, HEADS: tl.constexpr, D: 
     return mean, factor
 
 
+@triton.jit
+def _codes(quotient, dtype: tl.constexpr):
+    """int8, float8, or float8's bits where the compiler has no such type."""
+    if dtype == tl.int8:
+        shifted = tl.minimum(tl.maximum(quotient + _ROUND, _ROUND + _LEAST), _ROUND + _GREATEST)
+        made = shifted.to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        inside = tl.minimum(tl.maximum(quotient, -_FLOAT8_MAX), _FLOAT8_MAX)
+        made = float8_bits(inside) if dtype == tl.uint8 else to_float8(inside)
+    return made
+
+
 @triton.jit(do_not_specialize_on_alignment=["scale"])
 def _kernel(
     x, y, weight, bias, cos, sin, scale, tokens, length, batch_stride, row_stride, epsilon,
@@ -150,8 +166,7 @@ def _kernel(
     at = y + token.to(tl.int64) * (HEADS * D) + h * D + d
     if scale is not None:
         quotient = divide(v, tl.load(scale + h, mask=h < HEADS, other=1.0))
-        shifted = tl.minimum(tl.maximum(quotient + _ROUND, _ROUND + _LEAST), _ROUND + _GREATEST)
-        tl.store(at, shifted.to(tl.int32, bitcast=True).to(tl.int8), mask=inside)
+        tl.store(at, _codes(quotient, y.dtype.element_ty), mask=inside)
     else:
         tl.store(at, narrow(v, y.dtype.element_ty), mask=inside)
 
@@ -160,7 +175,7 @@ def launch(
     x: torch.Tensor, *, heads: int, norm: str = "none", weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None, epsilon: float = 0.0, cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None, interleaved: bool = False, scale: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16, config: Config | None = None,
+    codes: torch.dtype = torch.int8, dtype: torch.dtype = torch.bfloat16, config: Config | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """y; see rope. At least one token."""
     samples, length, width = x.shape
@@ -170,15 +185,17 @@ def launch(
 
         def run(one: Config) -> object:
             return launch(x, heads=heads, norm=norm, weight=weight, bias=bias, epsilon=epsilon, cos=cos, sin=sin,
-                          interleaved=interleaved, scale=scale, dtype=dtype, config=one)  # fmt: skip
+                          interleaved=interleaved, scale=scale, codes=codes, dtype=dtype, config=one)  # fmt: skip
 
         config = _config.config("rope", run, m=samples * length, n=heads, k=d)
     block_m, block_h, block_d = config["BLOCK_M"], power_of_two(heads), power_of_two(d)
     warps = min(MOST_WARPS, max(config["num_warps"], block_m * block_h * block_d // CHANNELS_A_WARP))
-    y = torch.empty(samples, length, width, dtype=dtype if scale is None else torch.int8, device=x.device)
+    y = torch.empty(samples, length, width, dtype=dtype if scale is None else codes, device=x.device)
+    bits = y.dtype == FLOAT8 and _config.capability() < (8, 9)
     cos, sin = (None if one is None else one.contiguous() for one in (cos, sin))
     _kernel[(blocks(samples * length, block_m),)](
-        x, y, weight, bias, cos, sin, scale, samples * length, length, x.stride(0), x.stride(1), epsilon,
+        x, y.view(torch.uint8) if bits else y, weight, bias, cos, sin, scale,
+        samples * length, length, x.stride(0), x.stride(1), epsilon,
         HEADS=heads, D=d, HALF=0 if cos is None else cos.shape[1], NORM=norm, INTERLEAVED=interleaved,
         WEIGHTS=0 if weight is None else weight.numel(), BIASES=0 if bias is None else bias.numel(),
         BLOCK_M=block_m, BLOCK_H=block_h, BLOCK_D=block_d, num_warps=warps, num_stages=config["num_stages"],
