@@ -3,6 +3,7 @@
     MatMul(x, Transpose(W[N, K]))          ->  MatMul(x, Wt[K, N])
     Gemm(x, W, b, transB, alpha=beta=1)    ->  Add(MatMul(x, Wt[K, N]), b[N])
     Add(b, y)                              ->  Add(y, b)  behind such a MatMul
+    several MatMuls of one module          ->  path, path.1, path.2: each a layer with weights of its own
 
 Exact: the same products in the same order; Wt is a view, so no weight is copied. The constant keeps its parameter's
 name. Everything downstream (observers, plan, smoothing, QDQ) then knows a linear by this one form.
@@ -33,7 +34,36 @@ def run(graph: Graph, context: PassContext) -> PassReport:
             else:
                 report.did(node.name)
     graph.cleanup()
+    for name in _told_apart(graph):
+        report.did(name)
     return report
+
+
+def _told_apart(graph: Graph) -> list[str]:
+    """Name each layer once, and give none the weight of another: what is folded into it belongs to one input.
+
+    A module that is called twice, or that multiplies by parts of one parameter, has several layers of its path.
+    """
+    renamed, names, weights = [], set[str](), set[int]()
+    for linear in graph.linears():
+        matmul, count, name = linear.matmul, 0, linear.name
+        while name in names:
+            count += 1
+            name = f"{linear.name}.{count}"
+        if name != linear.name:
+            matmul.name = graph.fresh(f"{name}/MatMul")
+            renamed.append(matmul.name)
+        if id(linear.weight) in weights:
+            matmul.inputs[1] = _copied(graph, linear.weight, f"{name}.weight")
+        names.add(name)
+        weights.add(id(matmul.inputs[1]))
+    return renamed
+
+
+def _copied(graph: Graph, weight: Value, name: str) -> Value:
+    if is_promise(weight):
+        return graph.derived(graph.fresh(name), weight, np.asarray)
+    return graph.constant(graph.fresh(name), weight.values)
 
 
 def _is_transposed_weight(tensor: Value) -> bool:

@@ -78,9 +78,15 @@ def _row(layer: LayerPlan) -> tuple[str, ...]:
         layer.name,
         size,
         grid,
-        f"int{layer.activation_bits}" if layer.activation else f"per {layer.dynamic[0].kind}",
+        _activation(layer),
         f"α {layer.smoothing.alpha:g}" if layer.smoothing else "none",
         f"H{layer.rotation.block}" if layer.rotation else "none",
         str(layer.low_rank.rank) if layer.low_rank else "",
         scales,
     )
+
+
+def _activation(layer: LayerPlan) -> str:
+    if layer.activation:
+        return f"int{layer.activation_bits}"
+    return f"per {layer.dynamic[0].kind}" if layer.dynamic else "float"
