@@ -1,7 +1,8 @@
 """Runs what left the graphs of the bins (docs/hoisting.md), and gives these the values they take in its place.
 
 What depends on the prompt is run again when the prompt changes, in any bit; what depends on the timestep is a row of
-the tables, and of other timesteps what the step graph gives. All of it runs on the CPU, whatever runs the bins.
+the tables, and of other timesteps what the step graph gives. All of it runs on onnxruntime's CPU provider, whatever
+provider runs the bins; device.py runs it where its programs run.
 """
 
 from __future__ import annotations
