@@ -43,9 +43,9 @@ def quality(bundle: Path, dtypes: tuple[str, ...] = ("float16", "bfloat16", "flo
 
 
 def _psnr(expected: list[Any], found: list[Any]) -> float:
-    """Of all clips together; values lie in [−1, 1]."""
+    """Of all clips together; values lie in [0, 1]."""
     error = np.mean([np.mean((a - b) ** 2) for a, b in zip(expected, found, strict=True)])
-    return float(10 * np.log10(4.0 / error))
+    return float(-10 * np.log10(error))
 
 
 def switching(bundle: Path, steps: int = 400) -> dict[str, Any]:
