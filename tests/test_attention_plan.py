@@ -352,6 +352,22 @@ def test_plans_that_cannot_be(parts: dict[str, Any], message: str) -> None:
         plan(AttentionPlan(name="a", product="b", heads=2, **parts))
 
 
+def test_torch_s_guard_of_masked_rows_is_seen_through(canonical: Graph) -> None:
+    """Where(IsNaN(p), 0, p) between softmax and values; anything else there hides the attention."""
+    for filler, expected in ((0.0, NAMES), (0.5, NAMES[1:])):
+        graph = canonical.copy()
+        for one in list(attention.find(graph))[: 1 if filler else None]:
+            weights, name = one.softmax.outputs[0], one.name
+            shape: Any = weights.shape
+            nothing = graph.constant(graph.fresh(f"{name}/filler"), np.array(filler, np.float32))
+            lost = graph.add_node("IsNaN", [weights], graph.fresh(f"{name}/IsNaN"), dtype=np.bool_, shape=shape)
+            kept = graph.add_node(
+                "Where", [lost, nothing, weights], graph.fresh(f"{name}/Where"), dtype=np.float32, shape=shape
+            )
+            one.product.inputs[0] = kept
+        assert [one.name for one in attention.find(graph)] == expected
+
+
 def test_names_of_the_one_node() -> None:
     assert attention.fused_name("blocks.0.attn1/MatMul") == "blocks.0.attn1/Attention"
     assert attention.fused_name("blocks.0.attn2/MatMul_2") == "blocks.0.attn2/Attention_2"

@@ -3,6 +3,7 @@
 Legend: B batch, S queries, T keys, H heads, D channels a head.
 
     scores = MatMul(q[B, H, S, D], k[B, H, D, T]);  product = MatMul(Softmax(… scores …), v[B, H, T, D])
+    with a mask:  p = Softmax(… scores …);  product = MatMul(Where(IsNaN(p), 0, p), v): torch's guard against -inf
 
 An attention has the name of its scores node. Once it is one MultiHeadAttention (passes/ort_attention.py), that node is
 called fused_name(scores). The fused node takes q, k and v before the constant factors and layouts: origin().
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from math import prod
 
 from vdq_export.graph import Graph, Node, Value
-from vdq_export.match import made_by, scalar, sole_reader
+from vdq_export.match import made_by, readers, scalar, sole_reader
 
 _BETWEEN = ("Add", "Cast", "Div", "Mul", "Where")  # scores and softmax: a scale, a mask
 
@@ -70,9 +71,20 @@ def find(graph: Graph) -> Iterator[Attention]:
             value = node.outputs[0]
         if node is None or value.shape is None or node.attrs.get("axis", -1) not in (-1, len(value.shape) - 1):
             continue
-        product = sole_reader(node.outputs[0], "MatMul")
-        if product is not None and product.inputs[0] is node.outputs[0]:
+        weights = _without_nan(node.outputs[0])
+        product = sole_reader(weights, "MatMul")
+        if product is not None and product.inputs[0] is weights:
             yield Attention(scores, node, product)
+
+
+def _without_nan(weights: Value) -> Value:
+    """Where(IsNaN(weights), 0, weights) if that is all that reads them, else the weights."""
+    found = readers(weights)
+    check = next((node for node in found if node.op == "IsNaN"), None)
+    where = sole_reader(check.outputs[0], "Where") if check else None
+    if len(found) != 2 or where is None or where.inputs[2] is not weights or scalar(where.inputs[1]) != 0:
+        return weights
+    return where.outputs[0]
 
 
 def fused_name(scores: str) -> str:
