@@ -119,7 +119,7 @@ try {
   const phone = await open({ viewport: { width: 390, height: 844 }, colorScheme: "dark", reducedMotion: "reduce" });
   results.widest = await phone.evaluate(() => document.documentElement.scrollWidth);
   results.still = await phone.$("#frame") && await phone.$eval("#play", (button) => button.textContent === "Play");
-  if (pictures) await phone.screenshot({ path: join(pictures, "report-phone.png") });
+  if (pictures) await phone.screenshot({ path: join(pictures, "report-phone.png"), clip: { x: 0, y: 0, width: 390, height: 1400 }, fullPage: true });
 } finally {
   await browser.close();
 }

@@ -49,13 +49,12 @@ def report_command(
     """
     told = reporter(verbose, quiet)
     opened, other = Bundle.open(bundle), None if against is None else Bundle.open(against)
-    opened, page = _page(opened, other, model, clips, told, keep=out is None)
+    opened, verdict, page = _page(opened, other, model, clips, told, keep=out is None)
     if out is None:
         place = opened.attach(PAGE, page).path / PAGE
     else:
         write_whole(out, page)
         place = out
-    verdict = opened.report.verdict if opened.report else "not kept"
     click.echo(f"{place}: {len(page) / 1e6:.1f} MB, verdict {verdict}")
     if show:
         webbrowser.open(place.resolve().as_uri())
@@ -63,8 +62,11 @@ def report_command(
 
 def _page(
     bundle: Bundle, other: Bundle | None, name: str | None, clips: int | None, told: Reporter, *, keep: bool
-) -> tuple[Bundle, bytes]:
-    """(the bundle, with what was measured when `keep`; the page). Raises MissingToolError without bokeh or jinja2."""
+) -> tuple[Bundle, str, bytes]:
+    """(the bundle, with what was measured when `keep`; the verdict; the page).
+
+    Raises MissingToolError without what draws the page, ModelError for another model than the bundle's.
+    """
     try:
         from vdq_export.report.content import gather
         from vdq_export.report.page import render
@@ -85,7 +87,7 @@ def _page(
         alike = other.manifest.model.weight_hash == bundle.manifest.model.weight_hash
         beside = make_clips(other, model, len(content.clips), told) if model is not None and alike else Clips()
         content = replace(content, against=replace(gather(other), clips=_pairs(model, beside, count)))
-    return bundle, render(content)
+    return bundle, found.verdict, render(content)
 
 
 def _model(bundle: Bundle, name: str | None) -> Model:

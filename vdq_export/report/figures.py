@@ -101,6 +101,7 @@ def heat_map(cells: Sequence[Cell], threshold_db: float) -> Model:
     )
     if known:
         bar = ColorBar(color_mapper=colours, ticker=BasicTicker(desired_num_ticks=5), height=10, title="SQNR, dB")
+        bar.background_fill_color = None
         bar.major_label_text_color = bar.title_text_color = INK
         plot.add_layout(bar, "below")
     plot.grid.visible = False
@@ -143,9 +144,7 @@ def ranges(width: tuple[float, float]) -> Model:
     )
     tips = [("bin", "@bin"), ("range", "@lo{0.[0000]} … @hi{0.[0000]}"), ("why", "@why")]
     plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips))
-    plot.legend.orientation = "horizontal"
-    plot.add_layout(plot.legend[0], "above")
-    return plot
+    return _with_legend(plot)
 
 
 def growth(steps: Sequence[StepError], other: Sequence[StepError], edges: Sequence[float]) -> Model:
@@ -165,8 +164,15 @@ def growth(steps: Sequence[StepError], other: Sequence[StepError], edges: Sequen
             plot.line("t", "db", source=source, line_color=colour, line_width=2, legend_label=label)
             points = plot.scatter("t", "db", source=source, size=7, fill_color=colour, line_color=None)
             plot.add_tools(HoverTool(renderers=[points], tooltips=[("timestep", "@t{0.##}"), (label, "@db{0.0} dB")]))
+    return _with_legend(plot)
+
+
+def _with_legend(plot: figure) -> figure:
+    """In one line above what it explains."""
     plot.add_layout(plot.legend[0], "above")
     plot.legend.orientation = "horizontal"
+    plot.legend.background_fill_color = plot.legend.border_line_color = None
+    plot.legend.label_text_color = INK
     return plot
 
 

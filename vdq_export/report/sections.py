@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
+import msgspec
+
 from vdq_export.metrics import LIMIT_DB
-from vdq_export.plan import LayerPlan
+from vdq_export.report.cells import OUTPUT
 from vdq_export.report.content import Content
 from vdq_export.report.data import LayerQuality, VerifyReport
 from vdq_export.report.hoisting import HoistingReport
@@ -63,7 +65,7 @@ def checks(content: Content) -> list[Check]:
     """The recipe's thresholds in the order in which people ask for them."""
     wanted, found = content.bundle.plans[0].recipe.verify, content.verify
     psnr = found.psnr_db if found else None
-    weakest = _weakest(found)
+    weakest = _weakest(content)
     kernels = found.integer_kernels if found else None
     share = kernels.executed / kernels.planned if kernels and kernels.planned else None
     rows = [
@@ -99,12 +101,22 @@ def _judged(found: VerifyReport | None, allowed: float) -> list[Check]:
     ]
 
 
-def _weakest(found: VerifyReport | None) -> LayerQuality | None:
-    return min(found.layers, key=lambda one: one.sqnr_db) if found and found.layers else None
+def _weakest(content: Content) -> LayerQuality | None:
+    measured = _measured(content)
+    return min(measured, key=lambda one: one.sqnr_db) if measured else None
+
+
+def _measured(content: Content) -> list[LayerQuality]:
+    """What verify measured; the network's output, which it calls by the name of the value, is called so."""
+    layers = {layer.name for plan in content.bundle.plans for layer in plan.layers}
+    found = content.verify.layers if content.verify else ()
+    return [one if one.layer in layers else msgspec.structs.replace(one, layer=OUTPUT) for one in found]
 
 
 def _named(found: LayerQuality | None) -> str:
-    return f"{_db(found.sqnr_db)}: {found.layer}, bin{found.bin:02d}" if found else "not measured"
+    if found is None:
+        return "not measured"
+    return f"{_db(found.sqnr_db)}: {found.layer}, bin{found.bin:02d}"
 
 
 def _least(found: float | None, wanted: float) -> bool | None:
@@ -148,7 +160,7 @@ def compared(content: Content, other: Content) -> list[Compared]:
 
 def _facts(content: Content) -> dict[str, str]:
     found, bundle = content.verify, content.bundle
-    weakest = _weakest(found)
+    weakest = _weakest(content)
     steps = [one for one in content.graphs if one.what == "bin"]
     facts = {
         "model": bundle.manifest.model.name,
@@ -171,15 +183,15 @@ def _facts(content: Content) -> dict[str, str]:
 
 def moved(content: Content, other: Content) -> list[Moved]:
     """The layers whose SQNR differs most, this bundle's losses first."""
-    this, that = _means(content.verify), _means(other.verify)
+    this, that = _means(_measured(content)), _means(_measured(other))
     found = [Moved(name, this[name], that[name]) for name in this if name in that]
     largest = sorted(found, key=lambda one: -abs(one.change))[:MOVED]
     return sorted(largest, key=lambda one: one.change)
 
 
-def _means(found: VerifyReport | None) -> Mapping[str, float]:
+def _means(found: Iterable[LayerQuality]) -> Mapping[str, float]:
     layers: dict[str, list[float]] = {}
-    for one in found.layers if found else ():
+    for one in found:
         layers.setdefault(one.layer, []).append(one.sqnr_db)
     return {name: fmean(numbers) for name, numbers in layers.items()}
 
@@ -213,15 +225,6 @@ def in_float(content: Content) -> list[tuple[str, list[str]]]:
 def floating(content: Content) -> list[str]:
     """What verify says of planned integer linears that run in float."""
     return [line for line in (content.verify.failures if content.verify else ()) if "run in float" in line]
-
-
-def hoisted_layers(layers: Sequence[LayerPlan]) -> dict[str, int]:
-    """{part: layers in it} of what left the graphs of the bins."""
-    found: dict[str, int] = {}
-    for layer in layers:
-        if layer.hoisted:
-            found[layer.hoisted] = found.get(layer.hoisted, 0) + 1
-    return found
 
 
 def megabytes(count: float) -> str:
