@@ -17,6 +17,10 @@ lint: $(READY)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m tests.typecheck
 
+# The site, in build/site; warnings are errors, and nothing is fetched.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 goldens: $(READY)
 	$(BIN)/python -m tests.goldens
 
@@ -64,4 +68,4 @@ $(HOST): tests/host/package.json tests/host/package-lock.json
 	.venv-aimet/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/aimet/requirements.txt
 	touch .venv-aimet/.ready
 
-.PHONY: demo test test-aimet aimet lint goldens bench bench-fidelity bench-handoff bench-scale clean
+.PHONY: demo docs test test-aimet aimet lint goldens bench bench-fidelity bench-handoff bench-scale clean

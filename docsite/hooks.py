@@ -1,0 +1,75 @@
+"""mkdocs calls these: made pages are added, sections of the navigation filled, links that leave docs/ turned."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # mkdocs loads this file by its path
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from docsite import pages
+
+_LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[\w./-]+?)(#[\w.-]+)?\)")
+_FETCHED = re.compile(r"<(?:script|img|iframe|source)[^>]*src=.https?:[^>]*>|<link[^>]*stylesheet[^>]*https?:[^>]*>")
+_HOMES = {"benchmarks/results/": "results/", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changes.md"}
+_HOMES |= {"docs/": ""}
+
+
+def on_config(config: Any) -> Any:
+    """Entries like "made: passes" of the navigation become the pages there are."""
+    config.nav = _filled(config.nav)
+    return config
+
+
+def _filled(entries: Any) -> Any:
+    if isinstance(entries, dict):
+        return {title: _filled(below) for title, below in entries.items()}
+    if isinstance(entries, list):
+        found: list[Any] = []
+        for one in entries:
+            made = one.get("made") if isinstance(one, dict) else None
+            found += pages.navigation(made) if made else [_filled(one)]
+        return found
+    return entries
+
+
+def on_files(files: Files, config: Any) -> Files:
+    for place, text in pages.generated().items():
+        files.append(File.generated(config, place, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> str:
+    """Links to files of the repository go to their pages here; of the others the path is left."""
+    here = Path(page.file.src_uri).parent
+    source = "benchmarks/results" if here.name == "results" else ("" if _top(page) else "docs" / here)
+
+    def turned(found: re.Match[str]) -> str:
+        place = os.path.normpath(Path(source) / found[2])
+        for before, after in _HOMES.items():
+            if place.startswith(before):
+                return f"[{found[1]}]({os.path.relpath(after + place.removeprefix(before), here)}{found[3] or ''})"
+        return f"{found[1]} (`{place}`)"
+
+    if _top(page):  # files of the root: their links begin with docs/
+        markdown = re.sub(r"\]\(docs/", "](", markdown)
+    return _LINK.sub(turned, markdown)
+
+
+def _top(page: Page) -> bool:
+    return page.file.src_uri in ("contributing.md", "changes.md")
+
+
+def on_post_build(config: Any) -> None:
+    """Nothing may be fetched when a page is opened. Raises PluginError that names what would be."""
+    for path in Path(config.site_dir).rglob("*.html"):
+        found = _FETCHED.search(path.read_text(encoding="utf-8"))
+        if found:
+            raise PluginError(f"{path}: {found[0]} would be fetched from the network")
