@@ -5,16 +5,21 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
 
+from tests import tiny_model
 from tests.commands import assert_one_line, command
+from vdq_export import compiler
 from vdq_export.commands.options import reporter, verbosity
-from vdq_export.progress import JsonReporter, Pace, Reporter, TerminalReporter
+from vdq_export.graph import Graph
+from vdq_export.progress import Advance, JsonReporter, Pace, Reporter, TerminalReporter, piece
 
 
 class Clock:
@@ -47,6 +52,15 @@ def test_time_left_is_what_the_last_steps_took() -> None:
     assert pace.left == 0.0
     pace.at(60, 60)
     assert pace.left == 0.0
+
+
+def test_pieces_of_one_stage() -> None:
+    told: list[tuple[int, int | None]] = []
+    second = piece(lambda done, total: told.append((done, total)), 1, 3)
+    second(0, 4)
+    second(4, 4)
+    second(2, None)
+    assert told == [(4, 12), (8, 12), (2, None)]
 
 
 def lines(capture: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
@@ -136,3 +150,25 @@ def test_the_option_chooses() -> None:
 def test_a_real_command_speaks_json(tmp_path: Any) -> None:
     recording = ("record", tmp_path, "--prompt-embeds", __file__, "--progress", "jsn")
     assert_one_line(command(*recording, cwd=tmp_path), "unknown style of progress 'jsn'", "json")
+
+
+class Heard(Reporter):
+    """Remembers every stage with what it told."""
+
+    def __init__(self) -> None:
+        self.stages: dict[str, list[tuple[int, int | None]]] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Advance]:
+        told = self.stages.setdefault(name.strip(), [])
+        yield lambda done, total: told.append((done, total))
+
+
+def test_stages_of_an_export_know_their_totals(traced: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "trace", lambda model, **_: traced.copy())
+    heard = Heard()
+    compiler.export(tiny_model.build(), tsw=2, out=tmp_path / "b", reporter=heard, page=False)
+    assert list(heard.stages) == ["trace", "calibrate", "solve", "quantize", "hoist", "write"]
+    assert heard.stages["calibrate"][-1] == (24, 24) and heard.stages["quantize"] == [(1, 2), (2, 2)]
+    done, total = zip(*heard.stages["solve"], strict=True)
+    assert list(done) == sorted(done) and set(total) == {done[-1]} and heard.stages["hoist"] == [(1, 1)]

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,8 +179,15 @@ def search(
         if wanted.kind != "quality":
             return _solved(table, start, points, wanted, experts)
         meter = Meter(model, Path(folder), record, traced, choices, clips, blind=calibration is None)
-        with reporter.stage("measure"):
-            return _measured(points, start, wanted, experts, meter, meter.how)
+        with reporter.stage("measure") as advance:
+            done, most = count(1), 1 + (len(points) - 1).bit_length()
+
+            def counted(recipe: Recipe) -> float:
+                found = meter(recipe)
+                advance(next(done), most)
+                return found
+
+            return _measured(points, start, wanted, experts, counted, meter.how)
 
 
 def combinations(spec: TargetSpec, base: Recipe) -> tuple[Candidate, ...]:

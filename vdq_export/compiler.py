@@ -33,7 +33,7 @@ from vdq_export.number_grid import numpy_type
 from vdq_export.plan import QuantPlan
 from vdq_export.planned import Part, Planned
 from vdq_export.policy import CachePolicy, Probe
-from vdq_export.progress import Reporter
+from vdq_export.progress import Reporter, piece
 from vdq_export.recipe import Recipe
 from vdq_export.report import ranges
 from vdq_export.schedule import Schedule
@@ -176,7 +176,8 @@ def finish(
         hoisted=hoisted,
     )
     describe = report_parts.describe if page else None
-    return writer.commit(_manifest(planned), schedule, planned.plans, describe=describe)
+    with reporter.stage("write"):
+        return writer.commit(_manifest(planned), schedule, planned.plans, describe=describe)
 
 
 def quantize(
@@ -253,7 +254,8 @@ def _plan_network(
             floated = graph.copy()
             told = pipeline.run_passes(floated, pipeline.FLOAT, PassContext(one, None, spec), dump=dump)
             reports += told if number == 0 else []
-            solved = solve(one, floated, record, spec, engine=settings.engine, store=settings.store, progress=advance)
+            tell = piece(advance, number, len(drafts))
+            solved = solve(one, floated, record, spec, engine=settings.engine, store=settings.store, progress=tell)
             solved = learned.carry(solved, floated, model.learned, spec)
             hoisted = hoisting.split(floated, roles, layers) if settings.hoist else None
             body = floated if hoisted is None else hoisted.body

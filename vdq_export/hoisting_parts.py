@@ -26,14 +26,18 @@ def write(planned: Planned, writer: BundleWriter, reporter: Reporter) -> tuple[t
     Returns the schedule's entries and what the passes did.
     """
     entries, networks, passes = list[Hoisted](), list[NetworkReport](), list[PassReport]()
-    for part in planned.parts:
-        if part.hoisted is not None and part.hoisted.ahead():
+    chosen = [part for part in planned.parts if part.hoisted is not None and part.hoisted.ahead()]
+    if not chosen:
+        return (), []
+    with reporter.stage("hoist") as advance:
+        for part in chosen:
+            assert part.hoisted is not None
             name = part_name(part, planned)
             entries.append(_write(part, name, writer, passes))
             networks.append(_report(part.hoisted, name))
             reporter.note(networks[-1].in_words())
-    if networks:
-        writer.add_file(HOISTING, HoistingReport(networks=tuple(networks)).to_json())
+            advance(len(networks), len(chosen))
+    writer.add_file(HOISTING, HoistingReport(networks=tuple(networks)).to_json())
     return tuple(entries), passes
 
 

@@ -58,6 +58,11 @@ class Pace:
         return max(each * (self.total - self.done) - (self._clock() - last), 0.0)
 
 
+def piece(advance: Advance, number: int, of: int) -> Advance:
+    """For the `number`-th (from 0) of so many pieces of work of one size, which are one stage together."""
+    return lambda done, total: advance(number * (total or 0) + done, None if total is None else of * total)
+
+
 class Reporter:
     """Silent; the base of those that speak."""
 

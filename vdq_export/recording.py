@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 
 from vdq_export import recorded, sources
 from vdq_export.errors import ModelError
-from vdq_export.progress import Reporter
+from vdq_export.progress import Advance, Reporter, piece
 from vdq_export.recorded import Settings
 from vdq_export.sources import _embeddings, _pipeline, _text
 from vdq_export.sources._denoise import Generated
@@ -98,15 +99,22 @@ def _denoise(trajectories: Any, out: Path, reporter: Reporter) -> tuple[int, int
     """Write the trajectories that are not there yet: (how many, calls of the network, bytes)."""
     assert isinstance(trajectories, Generated)
     made, calls, written = 0, 0, 0
+    loop = trajectories.loop
+    each = len(loop.scheduler.timesteps) * len(loop.guidance.branches)
     with reporter.stage("denoise") as advance:
         for number in range(len(trajectories)):
             file = out / f"{number:04d}.safetensors"
             if not file.is_file():
-                trajectory = trajectories.loop.trajectory(trajectories.network, number)
+                tell = partial(_tell, piece(advance, number, len(trajectories)), each)
+                trajectory = loop.trajectory(trajectories.network, number, tell)
                 _write_whole(file, lambda path, steps=trajectory: recorded.save(steps, path))  # type: ignore[misc]
                 made, calls, written = made + 1, calls + len(trajectory), written + file.stat().st_size
-            advance(number + 1, len(trajectories))
+            advance((number + 1) * each, len(trajectories) * each)
     return made, calls, written
+
+
+def _tell(advance: Advance, total: int, done: int) -> None:
+    advance(done, total)
 
 
 def _check_same(out: Path, asked: Settings) -> None:

@@ -87,7 +87,7 @@ def measure(
     layers: list[LayerQuality] = []
     for plan, floated, steps in float_graphs(bundle, model, reporter):
         layers += compare_layers(bundle, plan, floated, steps, reporter)
-    kernels, floating = count_kernels(bundle)
+    kernels, floating = count_kernels(bundle, reporter)
     count = getattr(model.sampler, "clips", CLIPS) if clips is None else clips
     made = make_clips(bundle, model, count, reporter)
     return _verdict(bundle, model, thresholds, layers, kernels, floating, made), made
@@ -182,21 +182,23 @@ class _Network:
         return made
 
 
-def count_kernels(bundle: Bundle) -> tuple[KernelCount, list[str]]:
+def count_kernels(bundle: Bundle, reporter: Reporter | None = None) -> tuple[KernelCount, list[str]]:
     """Planned integer linears over all bins, those that run as such, and the others' names.
 
     Asked is onnxruntime's optimised graph, or the target's own programs where it has some.
     """
     target = targets.load(bundle.manifest.target)
     planned, floating = 0, list[str]()
+    bins = [(plan, one) for plan in bundle.plans for one in plan.bins]
     if (fused_layers := getattr(target, "fused_layers", None)) is not None:
-        for plan, one in ((whose, one) for whose in bundle.plans for one in whose.bins):
+        for plan, one in bins:
             fused: dict[str, bool] = fused_layers(bundle.path, one.index, plan.of_bin(one))
             planned += len(fused)
             floating += [f"{layer} in {one.name}" for layer, is_fused in fused.items() if not is_fused]
         return KernelCount(planned=planned, executed=planned - len(floating)), floating
-    with tempfile.TemporaryDirectory() as folder:
-        for plan, one in ((whose, one) for whose in bundle.plans for one in whose.bins):
+    stage = (reporter or Reporter()).stage("count kernels")
+    with stage as advance, tempfile.TemporaryDirectory() as folder:
+        for number, (plan, one) in enumerate(bins, 1):
             path = Path(folder) / f"{one.name}.onnx"
             ort.session(
                 Graph.load(bundle.graph_path(one.index)), options=bundle.manifest.session, optimised_path=str(path)
@@ -204,6 +206,7 @@ def count_kernels(bundle: Bundle) -> tuple[KernelCount, list[str]]:
             found = target.integer_layers(path, plan.of_bin(one))
             planned += len(found)
             floating += [f"{layer} in {one.name}" for layer, integer in found.items() if not integer]
+            advance(number, len(bins))
     return KernelCount(planned=planned, executed=planned - len(floating)), floating
 
 
@@ -225,9 +228,10 @@ def make_clips(
         for case in range(count):
             growth = Growth(model.timestep_input)
             made.reference.append(model.sampler.generate(model.module, case, growth.reference))
+            advance(2 * case + 1, 2 * count)
             made.quantized.append(model.sampler.generate(transformer, case, growth.quantized))
             made.growth.append(growth.steps)
-            advance(case + 1, count)
+            advance(2 * case + 2, 2 * count)
     return made
 
 

@@ -26,7 +26,7 @@ from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import WEIGHTS, scratch
 from vdq_export.errors import BundleError, CompileError, OffDeviceError, UnknownNameError
 from vdq_export.jsonfile import decode, encode
-from vdq_export.progress import Reporter
+from vdq_export.progress import Advance, Reporter, piece
 from vdq_export.targets.qnn import partition
 from vdq_export.targets.qnn.offline import Done, Job, Result, Task, compile_offline
 
@@ -118,8 +118,7 @@ def compile_bundle(
         made = []
         for arch in dict.fromkeys(archs):
             with reporter.stage(f"compile for {arch}") as advance:
-                made.append(_Compiler(bundle, arch, shared, parts, folder, reporter).run())
-                advance(1, 1)
+                made.append(_Compiler(bundle, arch, shared, parts, folder, reporter, advance).run())
         report = _merged(bundle, made)
         files: dict[str, bytes | Path] = {
             f"contexts/{path.relative_to(folder / 'contexts').as_posix()}": path
@@ -157,9 +156,11 @@ def _merged(bundle: Bundle, made: Sequence[ArchContexts]) -> CompileReport:
 class _Compiler:
     """The graphs of one bundle, for one architecture."""
 
-    def __init__(self, bundle: Bundle, arch: str, shared: bool, parts: Parts, folder: Path, reporter: Reporter) -> None:
+    def __init__(
+        self, bundle: Bundle, arch: str, shared: bool, parts: Parts, folder: Path, reporter: Reporter, advance: Advance
+    ) -> None:
         self.bundle, self.arch, self.shared, self.parts = bundle, arch, shared, parts
-        self.folder, self.reporter = folder, reporter
+        self.folder, self.reporter, self.advance = folder, reporter, advance
         self.out = folder / "contexts" / arch
         self.peak = 0
 
@@ -212,9 +213,13 @@ class _Compiler:
     def _all(self, parts: int) -> list[GraphContexts]:
         for left in self.out.iterdir():  # of an attempt with fewer parts
             left.unlink()
-        return [found for group in self._groups() for found in self._group(group, parts)]
+        groups = self._groups()
+        rows = enumerate(groups)
+        return [
+            x for number, group in rows for x in self._group(group, parts, piece(self.advance, number, len(groups)))
+        ]
 
-    def _group(self, graphs: Sequence[str], parts: int) -> list[GraphContexts]:
+    def _group(self, graphs: Sequence[str], parts: int, advance: Advance) -> list[GraphContexts]:
         """Compile graphs that may share weights: part by part, each part of all graphs in one process."""
         cut = [self._sources(graph, parts) for graph in graphs]
         contexts = [[self.out / f"{source.stem}_ctx.onnx" for source in sources] for sources in cut]
@@ -226,6 +231,7 @@ class _Compiler:
                 arch=self.arch, soc_model=SOCS[self.arch].model, tasks=tasks, shared=self.shared and len(tasks) > 1
             )
             results.append(self._compile(job, graphs))
+            advance(number + 1, parts)
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
         return [
             self._collect(graph, made, [result.tasks[number] for result in results])

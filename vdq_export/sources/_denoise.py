@@ -81,10 +81,17 @@ class Loop:
                 part.step(noise, index, generator)
         return parts["hidden_states"].latent
 
-    def trajectory(self, network: Denoiser, number: int) -> Trajectory:
-        """Every call that is made for prompt `number`."""
+    def trajectory(
+        self, network: Denoiser, number: int, begun: Callable[[int], None] = lambda calls: None
+    ) -> Trajectory:
+        """Every call that is made for prompt `number`. begun: told how many were made, before each further one."""
         steps: list[Step] = []
-        self.run(network, number, self.seed + number, steps.append)
+
+        def keep(step: Step) -> None:
+            begun(len(steps))
+            steps.append(step)
+
+        self.run(network, number, self.seed + number, keep)
         return steps
 
     def settings(self) -> dict[str, Any]:
