@@ -14,7 +14,7 @@ def page() -> str:
     context = click.Context(cli, info_name="vdq-export")
     parts = [
         "# Commands",
-        f"```text\n{_help(cli)}\n```",
+        f"```text\n{cli.get_help(context)}\n```",
         "Exit codes: 0 done, 1 the answer is no (`verify`, `lint`, `diff`), 2 it could not be done, 130 interrupted.",
     ]
     for name in cli.list_commands(context):
@@ -35,7 +35,8 @@ def _section(command: click.Command, context: click.Context) -> str:
 
 def _row(option: click.Option, context: click.Context) -> str:
     names = ", ".join(f"`{name}`" for name in (*option.opts, *option.secondary_opts))
-    takes = "" if option.is_flag or option.count else f" `{option.make_metavar(context)}`"
+    metavar = option.make_metavar(context).replace("|", "&#124;").replace("<", "&lt;")  # no `code` in a table holds a |
+    takes = "" if option.is_flag or option.count else f" <code>{metavar}</code>"
     default = option.default if not option.is_flag and not callable(option.default) else None
     shown = "" if default is None or "UNSET" in repr(default) or default == () else f"`{default}`"
     return "| " + " | ".join(_cell(one) for one in (names + takes, option.help or "", shown)) + " |"

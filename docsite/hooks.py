@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mkdocs.structure.pages import Page
 from docsite import pages
 
 _LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[\w./-]+?)(#[\w.-]+)?\)")
+_BARS = re.compile(r"(?<=[| ,])`([^`\n]*\\\|[^`\n]*)`")
 _FETCHED = re.compile(r"<(?:script|img|iframe|source)[^>]*src=.https?:[^>]*>|<link[^>]*stylesheet[^>]*https?:[^>]*>")
 _HOMES = {"benchmarks/results/": "results/", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changes.md"}
 _HOMES |= {"docs/": ""}
@@ -60,7 +62,12 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
 
     if _top(page):  # files of the root: their links begin with docs/
         markdown = re.sub(r"\]\(docs/", "](", markdown)
-    return _LINK.sub(turned, markdown)
+    return _BARS.sub(_with_bars, _LINK.sub(turned, markdown))
+
+
+def _with_bars(found: re.Match[str]) -> str:
+    """`a\\|b` in a table, as GitHub wants it written; Markdown here would show the backslash."""
+    return "<code>" + escape(found[1].replace("\\|", "|"), quote=False).replace("|", "&#124;") + "</code>"
 
 
 def _top(page: Page) -> bool:

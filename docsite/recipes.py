@@ -40,14 +40,19 @@ def _table(weights: int, *activations: int) -> str:
     ]
     measured = [row for row in rows if all(row[2])]
     measured.sort(key=lambda row: -row[2][1][0])
-    lines = ["| recipe | bits | `digits` | `digits-hard` | MB |", "|---|---|--:|--:|--:|"]
+    lines = ["| recipe | bits | bins | `digits` | `digits-hard` | MB |", "|---|---|--:|--:|--:|--:|"]
     for name, known, found in measured:
         bits = f"W{known.weights.bits}A{known.activations.bits}"
         bits += f"/{known.schedule.high}" if known.schedule.delta is not None else ""
         bits += " MX" if known.weights.grid.startswith("mx") else ""
         shown = [f"{value:.1f} ± {error:.1f}" for value, error, _ in found]
-        lines.append(f"| `{name}` | {bits} | {shown[0]} | {shown[1]} | {found[0][2]:.1f} |")
+        lines.append(f"| `{name}` | {bits} | {_bins(known)} | {shown[0]} | {shown[1]} | {found[0][2]:.1f} |")
     return "\n".join(lines) + "\n"
+
+
+def _bins(known: recipe.Recipe) -> str:
+    """How many, as the recipe has them; the samples' clips have 20 steps."""
+    return str(len(known.tsw) + 1 if isinstance(known.tsw, tuple) else known.tsw)
 
 
 def _psnr(sample: str, name: str) -> tuple[float, float, float] | tuple[()]:
