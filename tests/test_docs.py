@@ -29,6 +29,7 @@ PARSED = {
     "bring-your-own-model.md": "behind its first section: checkpoints that are not here",
     "calibration-scale.md": "networks that memory does not hold; test_calib_blocks.py exports by segments",
     "choosing-a-recipe.md": "choices, each exported in test_recipes.py",
+    "cli.md": "test_progress.py, test_completion.py, test_graph_page.py and test_doctor.py run them",
     "cuda.md": "a GPU",
     "extend/add-a-pass.md": "run by test_docs_extend.py",
     "extend/add-a-target.md": "run by test_docs_extend.py",

@@ -6,9 +6,10 @@ layers, barycentres for the order within a layer, least squares under a minimum 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import networkx as nx
 
@@ -16,7 +17,7 @@ SWEEPS = 8
 GAP, BETWEEN = 16.0, 34.0  # pixels between boxes of a layer, and between layers
 CORNER = 6.0  # width kept free for an edge that only passes through a layer
 
-Key = Hashable
+Key = Any  # whatever the caller names its boxes by; hashable
 Point = tuple[float, float]
 
 

@@ -20,7 +20,7 @@ def completion_command(context: click.Context, shell: str) -> None:
     \b
       bash  eval "$(vdq-export completion bash)"             in ~/.bashrc
       zsh   eval "$(vdq-export completion zsh)"              in ~/.zshrc, after compinit
-      fish  vdq-export completion fish > ~/.config/fish/completions/vdq-export.fish
+      fish  vdq-export completion fish | source              in ~/.config/fish/config.fish
     """
     kind: Any = get_completion_class(shell)
     click.echo(kind(context.find_root().command, {}, complete.PROGRAM, complete.VARIABLE).source())

@@ -124,10 +124,10 @@ def _drawn(a: Path, b: Path, difference: Difference, block: str | None) -> tuple
     found, matching = compare(*views)
     if block is not None:
         graph_draw.check_block(views, block)
-        groups = {block: tuple(graph_draw.members(side, block) for side in (matching.a, matching.b))}
+        groups = {block: (graph_draw.members(matching.a, block), graph_draw.members(matching.b, block))}
     else:
         groups = _groups(matching, found)
-    steps, rest, room = [], [], 2 * MOST
+    steps, rest, room = list[Step](), list[str](), 2 * MOST
     for name, (mine, theirs) in groups.items():
         size = len(mine) + len(theirs)
         if len(steps) == PICTURES or size > room:
