@@ -1,7 +1,7 @@
 """The CUDA target on one GPU: checked, then timed, in one call. `python -m benchmarks.cuda`
 
 Needs torch with CUDA, triton, onnx, onnxruntime, networkx, click, rich and safetensors, and besides these only
-onnx-graphsurgeon and diffusers; msgspec is stood in for where it is missing, and what needs a package that is not there
+onnx-graphsurgeon and diffusers; msgspec and psutil are stood in for where they are missing, and what needs a package that is not there
 says so in its table. cuda.md holds the predictions that were written down first.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.cuda import _msgspec
 
-STOOD_IN = _msgspec.install()
+STOOD_IN = [name for name, install in (("msgspec", _msgspec.install), ("psutil", _msgspec.install_psutil)) if install()]
 
 import torch  # noqa: E402
 
@@ -45,6 +45,8 @@ def main() -> None:
             failed.append(part)
             tables.append((f"{part}: failed", ("why",), ((f"{type(error).__name__}: {error}",),)))
         print(common.markdown(*tables[-1]))
+        if part == "checks" and failed:  # times of wrong kernels are worth nothing
+            break
     told = facts()
     notes = "GPU: " + ", ".join(f"{name} {value}" for name, value in told.items()) + "."
     data = {"gpu": told, "failed": failed, "tables": tables}
@@ -61,7 +63,7 @@ def facts() -> dict[str, Any]:
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())), "driver": _driver(),
         "cuda": torch.version.cuda, "torch": torch.__version__, "triton": __import__("triton").__version__,
-        "msgspec": "stood in for" if STOOD_IN else "installed",
+        "stood in for": ", ".join(STOOD_IN) or "nothing",
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json as _json
+import os
 import sys
 import types
 import typing
@@ -280,3 +281,15 @@ def stand_in() -> None:
         sys.modules[name] = module
     sys.modules["msgspec"].json = sys.modules["msgspec.json"]  # type: ignore[attr-defined]
     sys.modules["msgspec"].structs = sys.modules["msgspec.structs"]  # type: ignore[attr-defined]
+
+
+def install_psutil() -> bool:
+    """Be `psutil` unless it is there: how much memory is free is all that is asked of it on the way. True if so."""
+    if find_spec("psutil") is not None:
+        return False
+    module: Any = types.ModuleType("psutil")
+    page = os.sysconf("SC_PAGE_SIZE")
+    total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+    module.virtual_memory = lambda: types.SimpleNamespace(total=total, available=free)
+    sys.modules["psutil"] = module
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 from pathlib import Path
 from typing import Any
@@ -73,5 +74,5 @@ def switching(bundle: Path, steps: int = 400) -> dict[str, Any]:
             taken[bool(order[place - 1] != row)].append(begin.elapsed_time(end))
     return {
         "same": statistics.median(taken[False]), "switch": statistics.median(taken[True]),
-        "spread": statistics.stdev(taken[False]), "captures": 1, "grown": torch.cuda.memory_allocated() - before,
+        "spread": statistics.stdev(taken[False]), "captures": sum(isinstance(one, torch.cuda.CUDAGraph) for one in gc.get_objects()), "grown": torch.cuda.memory_allocated() - before,
     }  # fmt: skip
