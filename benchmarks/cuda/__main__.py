@@ -1,8 +1,8 @@
 """The CUDA target on one GPU: checked, then timed, in one call. `python -m benchmarks.cuda`
 
 Needs torch with CUDA, triton, onnx, onnxruntime, networkx, click, rich and safetensors, and besides these only
-onnx-graphsurgeon and diffusers; msgspec and psutil are stood in for where they are missing, and what needs a package that is not there
-says so in its table. cuda.md holds the predictions that were written down first.
+onnx-graphsurgeon and diffusers; msgspec and psutil are stood in for where they are missing. What needs a package that
+is not there says so in its table. cuda.md holds the predictions that were written down first.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ def switching(bundle: Path, steps: int = 400) -> dict[str, Any]:
         torch.cuda.synchronize()
         if place:
             taken[bool(order[place - 1] != row)].append(begin.elapsed_time(end))
+    captures = sum(isinstance(one, torch.cuda.CUDAGraph) for one in gc.get_objects())
     return {
         "same": statistics.median(taken[False]), "switch": statistics.median(taken[True]),
-        "spread": statistics.stdev(taken[False]), "captures": sum(isinstance(one, torch.cuda.CUDAGraph) for one in gc.get_objects()), "grown": torch.cuda.memory_allocated() - before,
+        "spread": statistics.stdev(taken[False]), "captures": captures, "grown": torch.cuda.memory_allocated() - before,
     }  # fmt: skip
