@@ -73,11 +73,17 @@ def ours(page: Path) -> Iterator[tuple[int, list[str]]]:
         if block.language in SHELLS and "vdq-export " in block.text and not _is_tree(block):
             for words in commands(block):
                 if words[0] == "vdq-export":
-                    yield block.line, words[1:]
+                    yield block.line, _alone(words[1:])
     for line, content in enumerate(text.splitlines(), 1):
         for found in _INLINE.findall(content):
             if "…" not in found:
-                yield line, shlex.split(found.replace("\\|", "|"))[1:]
+                yield line, _alone(shlex.split(found.replace("\\|", "|"))[1:])
+
+
+def _alone(words: list[str]) -> list[str]:
+    """Without what its output is given to."""
+    ends = [place for place, word in enumerate(words) if word in ("|", ">", ">>", "&&", ";")]
+    return words[: ends[0]] if ends else words
 
 
 def _is_tree(block: Block) -> bool:
