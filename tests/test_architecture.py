@@ -72,6 +72,8 @@ LAYERS = {
     "vdq_export.verify": 4,
     "vdq_export.verify_openvino": 4,
     "vdq_export.bisect": 4,
+    "vdq_export.float_layers": 4,
+    "vdq_export.back_to_float": 4,
     "vdq_export.verify_device": 4,
     "vdq_export.verify_gpu": 4,
     "vdq_export.device_checks": 4,

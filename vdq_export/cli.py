@@ -34,6 +34,7 @@ _COMMANDS = {
     "record": Listed("record", "record_command", _MAKE, "keep a pipeline's calls as calibration data"),
     "compile": Listed("compile", "compile_command", _MAKE, "context binaries for Hexagon NPUs"),
     "encodings": Listed("encodings", "encodings_command", _MAKE, "float graph and AIMET encodings for a converter"),
+    "bisect": Listed("bisect", "bisect_command", _JUDGE, "what to put back to float for a clip PSNR"),
     "diff": Listed("diff", "diff_command", _JUDGE, "what differs between two graphs or bundles"),
     "inspect": Listed("inspect", "inspect_command", _JUDGE, "what is in a graph or bundle; one block as a picture"),
     "lint": Listed("lint", "lint_command", _JUDGE, "will the consumer of a hand-off take it?"),

@@ -264,6 +264,15 @@ def load(name_or_path: str | Path) -> Recipe:
     return _convert(_resolve(str(name_or_path), seen=()), str(name_or_path))
 
 
+def parse(text: str, origin: str = "recipe") -> Recipe:
+    """The recipe that `text` is, with `extends` resolved. Raises RecipeError, UnknownNameError."""
+    try:
+        settings = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{origin}: {error}") from error
+    return _convert(_extended(settings, origin, ()), origin)
+
+
 def _convert(settings: dict[str, Any], origin: str) -> Recipe:
     try:
         return msgspec.convert(settings, Recipe)
@@ -274,7 +283,11 @@ def _convert(settings: dict[str, Any], origin: str) -> Recipe:
 def _resolve(origin: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if origin in seen:
         raise RecipeError(f"recipe {origin} extends itself: {' -> '.join((*seen, origin))}")
-    settings = _read(origin)
+    return _extended(_read(origin), origin, seen)
+
+
+def _extended(settings: dict[str, Any], origin: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    """`settings`, of `origin`, on top of what they extend."""
     parent = settings.pop("extends", None)
     if parent is None:
         return settings

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
 
+from vdq_export import recipe as recipes
 from vdq_export.recipe import Keep, Override, Recipe
 
 _ENTRIES = {"override": Override(match="", why=""), "keep_float": Keep(match="", why="")}  # defaults of list entries
@@ -24,14 +25,31 @@ def dump(recipe: Recipe) -> str:
     return "\n".join(_table(settings, ())).strip() + "\n"
 
 
-def _differing(settings: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+def extending(recipe: Recipe, parent: str) -> str | None:
+    """Text that extends the recipe named `parent` and loads as `recipe`.
+
+    None where there is no such text: what is in a parent's lists cannot be taken out.
+    """
+    base = msgspec.to_builtins(recipes.load(parent))
+    settings = _differing(msgspec.to_builtins(recipe), base, always=())
+    for name, default in _ENTRIES.items():
+        if name in settings:  # entries are appended to the parent's
+            added = settings[name][len(base[name]) :]
+            settings[name] = [_differing(one, msgspec.to_builtins(default)) for one in added]
+    text = "\n".join([f"extends = {_value(parent)}", *_table(settings, ())]) + "\n"
+    return text if recipes.parse(text) == recipe else None
+
+
+def _differing(
+    settings: Mapping[str, Any], default: Mapping[str, Any], always: Collection[str] = _ALWAYS
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict) and isinstance(default.get(key), dict) and default[key]:
-            value = _differing(value, default[key])
+            value = _differing(value, default[key], always)
             if value:
                 found[key] = value
-        elif key in _ALWAYS or value != default.get(key):
+        elif key in always or value != default.get(key):
             found[key] = value
     return found
 

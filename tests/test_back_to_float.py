@@ -1,0 +1,284 @@
+"""bisect: the search on oracles, the graphs it measures on, and a spoilt layer found and mended from end to end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace as with_changes
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import clip_model
+from tests.commands import command
+from vdq_export import back_to_float, ort, targets
+from vdq_export import recipe as recipes
+from vdq_export.back_to_float import fixed_recipe, most_calls, smallest
+from vdq_export.bundle import Bundle
+from vdq_export.commands.bisect import bisect_command
+from vdq_export.compiler import export
+from vdq_export.errors import ModelError, RecipeError
+from vdq_export.float_layers import Place, candidates, put_back
+from vdq_export.graph import Graph
+from vdq_export.model import Model
+from vdq_export.plan import Bin
+from vdq_export.progress import Reporter
+from vdq_export.recipe import Keep, Override, Recipe
+from vdq_export.runtime.ahead import Ahead
+from vdq_export.verify import float_graphs, make_clips
+
+BAD = "blocks.1.ffn.net.0.proj"
+WANTED = 100.0  # dB: far above what the spoilt layer leaves (84), below the rest in 16 bits (124)
+
+
+# -- the search ------------------------------------------------------------------------------------------------------
+
+
+class Oracle:
+    """enough() that counts its calls, and refuses to be asked what is known beforehand."""
+
+    def __init__(self, answer: Callable[[frozenset[int]], bool]) -> None:
+        self.answer, self.calls = answer, 0
+
+    def __call__(self, members: frozenset[int]) -> bool:
+        assert members, "that nothing is not enough was known"
+        self.calls += 1
+        return self.answer(members)
+
+
+def sets_of(most: int) -> st.SearchStrategy[tuple[int, list[frozenset[int]]]]:
+    """(n, sets of numbers below n): a set of members is enough when it holds one of them."""
+    return st.integers(1, most).flatmap(
+        lambda n: st.tuples(
+            st.just(n), st.lists(st.frozensets(st.integers(0, n - 1), min_size=1, max_size=6), min_size=1, max_size=4)
+        )
+    )
+
+
+@given(sets_of(200))
+def test_enough_and_nothing_in_vain(case: tuple[int, list[frozenset[int]]]) -> None:
+    count, needs = case
+    oracle = Oracle(lambda members: any(one <= members for one in needs))
+    found = smallest(range(count), oracle)
+    assert frozenset(found) in needs, "holds one of them, and nothing beside"
+    assert not any(one < frozenset(found) for one in needs)
+    assert oracle.calls <= most_calls(count, len(found))
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.floats(0.01, 1.0))
+def test_no_set_is_smaller_where_the_order_is_right(weights: list[int], share: float) -> None:
+    weights = sorted(weights, reverse=True)
+    wanted = share * sum(weights)
+    oracle = Oracle(lambda members: sum(weights[i] for i in members) >= wanted)
+    found = smallest(range(len(weights)), oracle)
+    assert sum(weights[i] for i in found) >= wanted > sum(weights[: len(found) - 1])
+    assert oracle.calls <= most_calls(len(weights), len(found))
+
+
+@given(st.integers(1, 40), st.integers(0, 1 << 30))
+def test_where_more_is_not_always_better(count: int, seed: int) -> None:
+    """Clips are like that by a hair: the set is enough, and no member can be left out, all the same."""
+    whole = frozenset(range(count))
+
+    def answer(members: frozenset[int]) -> bool:
+        draw = np.random.default_rng([seed, *sorted(members)]).random()
+        return members == whole or draw < 0.4
+
+    oracle = Oracle(answer)
+    found = smallest(range(count), oracle)
+    assert answer(frozenset(found))
+    assert not any(answer(frozenset(found) - {one}) for one in found if len(found) > 1)
+    assert oracle.calls <= most_calls(count, count) + count**2
+
+
+def test_one_member_takes_few_calls() -> None:
+    oracle = Oracle(lambda members: 1000 in members)
+    assert smallest(range(1600), oracle) == (1000,)
+    assert oracle.calls <= most_calls(1600, 1)
+    oracle = Oracle(lambda members: 0 in members)
+    assert smallest(["x"], lambda members: True) == ("x",)
+    assert smallest(range(1600), oracle) == (0,)
+    assert oracle.calls == 2
+
+
+# -- the graphs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Model) -> Model:
+    return with_changes(tiny, sampler=clip_model.Sampler(), name="tests.clip_model:build")
+
+
+@pytest.fixture(autouse=True)
+def traced_before(traced: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing is tested elsewhere, and takes seconds."""
+    monkeypatch.setattr("vdq_export.verify.trace", lambda model, tolerance: traced.copy())
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("record") / "record.safetensors"
+
+
+@pytest.fixture(scope="module")
+def make(model: Model, traced: Graph, record: Path) -> Callable[..., Bundle]:
+    def made(recipe: Any, out: Path, **choices: Any) -> Bundle:
+        known: dict[str, Any] = {"calibration": record} if record.exists() else {"save_calibration": record}
+        return export(model, recipe=recipe, out=out, traced={"": traced.copy()}, workers=1, **known, **choices)
+
+    return made
+
+
+def spoilt(base: str = "static-asq") -> Recipe:
+    """16 bits, which lose nothing to speak of, and one layer in 4."""
+    fine = [Override(match="*", why="fine", weights=16, activations=16)]
+    bad = Override(match=BAD, why="made bad", weights=4, activations=4)
+    return msgspec.structs.replace(recipes.load(base), name="spoilt", override=(*fine, bad))
+
+
+@pytest.fixture(scope="module")
+def bad(make: Callable[..., Bundle], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return make(spoilt(), tmp_path_factory.mktemp("bad") / "bad", tsw=2)
+
+
+@pytest.mark.parametrize(("name", "target"), [("svdquant", "ort-int8"), ("w8a8-dynamic", "reference")])
+def test_put_back_a_graph_is_the_float_one(
+    name: str, target: str, make: Callable[..., Bundle], model: Model, tmp_path: Path
+) -> None:
+    """Low-rank branches, groups and quantizers computed at run time go with the integers, layers behind stay wired."""
+    bundle = make(name, tmp_path / "out", target=target, tsw=1 if "dynamic" in name else 2)
+    plan, floated, steps = next(iter(float_graphs(bundle, model, Reporter())))
+    step, graph = steps[0], Graph.load(bundle.graph_path(0))
+    ahead = Ahead(bundle)
+
+    def output(one: Graph) -> np.ndarray[Any, Any]:
+        session = ort.session(one, options=bundle.manifest.session)
+        feeds = ahead.arrays(0, session, {key: value.numpy() for key, value in step["inputs"].items()})
+        made: np.ndarray[Any, Any] = session.run(["sample"], feeds)[0]
+        return made
+
+    exact = model(**step["inputs"]).numpy()
+    before = np.abs(output(graph) - exact).max()
+    names = {x.name for x in plan.of_bins().layers if x.quantized}
+    put_back(graph, [x for x in floated.linears() if x.name in names])
+    left = [n.name for n in graph.nodes if "Quantize" in n.op or "LowRank" in n.name or "Dynamic" in n.name]
+    assert left == []
+    # Hoisted layers stay in 8 bits: the prompt's, which move the output by thousandths.
+    assert np.abs(output(graph) - exact).max() < min(0.02, before / 3)
+
+
+def test_own_errors_do_not_add_up_along_the_network(bad: Bundle, model: Model) -> None:
+    found = candidates(bad, model, Reporter())
+    assert {one.place for one in found[:2]} == {Place(BAD, 0), Place(BAD, 1)}
+    assert found[1].sqnr_db < 25 and found[2].sqnr_db > 60, "the layer behind the bad one is as good as any"
+    layers = sum(x.quantized for x in bad.plan.of_bins().layers)
+    assert len(found) == 2 * layers
+
+
+# -- from end to end -------------------------------------------------------------------------------------------------
+
+
+def test_a_spoilt_layer_is_found_and_mended(
+    bad: Bundle, model: Model, make: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    """The command names that layer alone; the bundle its recipe makes has the PSNR it said, at the cost it said."""
+    code, out, err = command(
+        "bisect", bad.path, "--psnr", str(WANTED), "--clips", "1", "--out", "fix.toml", "--json", cwd=tmp_path
+    )
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["outcome"] == "fixed" and found["minimal"]
+    assert [(one["layer"], one["bin"]) for one in found["members"]] == [(BAD, 0), (BAD, 1)]
+    assert found["bundle_db"] < WANTED - 5 and found["runs"] <= 6
+    assert found["float_db"] >= found["fixed_db"] >= WANTED
+    assert "--recipe fix.toml" in found["command"] and "tests.clip_model:build" in found["command"]
+    mended = make(tmp_path / "fix.toml", tmp_path / "mended")  # bins too: the recipe says how many
+    made = make_clips(mended, model, 1, Reporter())
+    assert made.mean_psnr_db() == pytest.approx(found["fixed_db"], abs=0.05)
+    assert mended.plan.bins == bad.plan.bins
+
+    def weights(bundle: Bundle) -> int:
+        return sum(entry.size for entry in bundle.manifest.files if "weights" in entry.path)
+
+    assert weights(mended) - weights(bad) == pytest.approx(found["cost"]["bytes"], abs=4096)  # alignment
+    assert found["cost"]["bins"] == [0, 1]
+    assert found["cost"]["float_after"] > found["cost"]["float_before"]
+    again = back_to_float.bisect(mended, model, psnr=WANTED, clips=1)
+    assert (again.outcome, again.runs, again.members) == ("nothing to do", 1, ())
+
+
+def test_gain_runs_and_what_is_out_of_reach(bad: Bundle, model: Model) -> None:
+    lost = back_to_float.bisect(bad, model, psnr=400.0, clips=1)
+    assert (lost.outcome, lost.runs, lost.recipe) == ("unreachable", 2, "")
+    assert lost.float_db is not None and lost.float_db < 400
+    short = back_to_float.bisect(bad, model, gain=WANTED - lost.bundle_db, clips=1, runs=2)
+    assert short.wanted_db == pytest.approx(WANTED)
+    assert (short.outcome, short.minimal, short.runs, len(short.members)) == ("fixed", False, 4, 2)
+
+
+def test_what_is_refused(bad: Bundle, model: Model) -> None:
+    with pytest.raises(ModelError, match="no sampler, so there are no clips"):
+        back_to_float.bisect(bad, with_changes(model, sampler=None), psnr=40.0)
+    isa = targets.load("qnn").spec(None).isa
+    hexagon = with_changes(bad, manifest=msgspec.structs.replace(bad.manifest, target="qnn", isa=isa))
+    with pytest.raises(RecipeError, match=r"qnn leaves nothing in float.*activations = 16"):
+        back_to_float.bisect(hexagon, model, psnr=40.0)
+    for words in ([], ["--psnr", "40", "--gain", "3"]):
+        with pytest.raises(click.UsageError, match="one of --psnr and --gain"):
+            bisect_command.main([str(bad.path), *words], standalone_mode=False)
+    with pytest.raises(click.UsageError, match=r"ends in \.toml"):
+        bisect_command.main([str(bad.path), "--psnr", "40", "--out", "fix"], standalone_mode=False)
+
+
+# -- the recipe ------------------------------------------------------------------------------------------------------
+
+
+def with_recipe(bundle: Bundle, recipe: Recipe, steps: tuple[int, ...] = (3, 3)) -> Bundle:
+    """`bundle` as if made with `recipe`, in bins of so many steps."""
+    bins, t = list[Bin](), 1000.0
+    for index, count in enumerate(steps):
+        mine = tuple(t - 10 * i for i in range(count))
+        bins.append(Bin(index=index, t=(mine[-1], mine[0]), steps=mine))
+        t = mine[-1] - 10
+    plan = msgspec.structs.replace(bundle.plan, bins=tuple(bins), recipe=recipe, layers=(), attentions=())
+    return with_changes(bundle, manifest=msgspec.structs.replace(bundle.manifest, recipe=recipe), plans=(plan,))
+
+
+def read(text: str) -> Recipe:
+    return recipes.parse(text)
+
+
+def test_the_recipe_extends_the_bundles(bad: Bundle) -> None:
+    own = recipes.load("svdquant")
+    text = fixed_recipe(with_recipe(bad, own), [Place("a[0]", 1), Place("b", 0), Place("a[0]", 0)], "why")
+    assert text.startswith('extends = "svdquant"\n') and len(text.splitlines()) < 20
+    found = read(text)
+    new = (Keep(match="a[[]0]", why="why", bins=(0, 1)), Keep(match="b", why="why", bins=(0,)))
+    assert found.keep_float == (*own.keep_float, *new)
+    assert msgspec.structs.replace(
+        found, keep_float=own.keep_float, name=own.name, summary=own.summary, tsw=own.tsw
+    ) == own  # fmt: skip
+    assert found.tsw == 2
+
+
+def test_a_recipe_from_elsewhere_is_written_in_full(bad: Bundle) -> None:
+    for own in (spoilt(), msgspec.structs.replace(recipes.load("svdquant"), keep_float=())):
+        text = fixed_recipe(with_recipe(bad, own), [Place("b", 0)], "why")
+        assert "extends" not in text
+        found = read(text)
+        assert found.override == own.override
+        assert found.keep_float == (*own.keep_float, Keep(match="b", why="why", bins=(0,)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "tsw"), [((6,), 1), ((1, 2, 2), 3), ((2, 1, 2), (0.4, 0.6)), ((1, 1, 1), 3), ((1, 5), (1 / 6,))]
+)
+def test_the_recipe_has_the_bins_there_are(bad: Bundle, steps: tuple[int, ...], tsw: Any) -> None:
+    text = fixed_recipe(with_recipe(bad, recipes.load("static-asq"), steps), [Place("b", 0)], "why")
+    assert read(text).tsw == tsw

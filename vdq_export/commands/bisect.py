@@ -1,0 +1,100 @@
+"""vdq-export bisect BUNDLE: which layers, in which bins, to put back to float when quality fell."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+import click
+
+from vdq_export.back_to_float import CLIPS, RUNS, Found, bisect
+from vdq_export.bundle import Bundle
+from vdq_export.commands.options import machine_readable, reporter, verbosity
+
+
+@click.command("bisect")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--psnr", type=float, metavar="DB", help="The clips' PSNR against float to reach.")
+@click.option("--gain", type=click.FloatRange(min=0, min_open=True), metavar="DB", help="Or so much more than it has.")
+@click.option("--clips", type=click.IntRange(min=1), default=CLIPS, show_default=True, help="Clips to measure on.")
+@click.option("--runs", type=click.IntRange(min=1), default=RUNS, show_default=True, help="Most times to make them.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the recipe here, a .toml file.")
+@click.option("--model", help="The float model; by default the one the bundle names.")
+@machine_readable
+@verbosity
+@click.pass_context
+def bisect_command(
+    ctx: click.Context,
+    bundle: Path,
+    psnr: float | None,
+    gain: float | None,
+    clips: int,
+    runs: int,
+    out: Path | None,
+    model: str | None,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Find the smallest set of (layer, bin) that, put back to float, restores a clip PSNR.
+
+    Measured on clips of BUNDLE's own graphs. Says what the fix costs, and writes it as a recipe to export with.
+    Exit code 1: even with every layer in float the PSNR is not reached.
+    """
+    if (psnr is None) == (gain is None):
+        raise click.UsageError("say one of --psnr and --gain")
+    if out is not None and out.suffix != ".toml":
+        raise click.UsageError(f"--out {out}: a recipe's name ends in .toml")
+    found = bisect(
+        Bundle.open(bundle),
+        model,
+        psnr=psnr,
+        gain=gain,
+        clips=clips,
+        runs=runs,
+        reporter=reporter(verbose, quiet),
+        out=str(out or "fix.toml"),
+    )
+    if out is not None and found.recipe:
+        out.write_text(found.recipe, encoding="utf-8")
+    click.echo(found.to_json(), nl=False) if as_json else click.echo(_text(found, out))
+    if found.outcome == "unreachable":
+        ctx.exit(1)
+
+
+def _text(found: Found, out: Path | None) -> str:
+    many = "1 clip" if found.clips == 1 else f"{found.clips} clips"
+    lines = [f"bundle: PSNR {found.bundle_db:.2f} dB on {many}, wanted {found.wanted_db:.2f} dB"]
+    if found.outcome == "nothing to do":
+        return "\n".join([*lines, "nothing has to be put back to float"])
+    lines.append(f"with all of {found.candidates} (layer, bin) in float: {found.float_db:.2f} dB")
+    if found.outcome == "unreachable":
+        lines.append("out of reach: what is lost beyond that is not lost in the linears of the bins' graphs (attention")
+        lines.append("in low bits, hoisted layers, reused steps); ask for less, or see `vdq-export verify`")
+        return "\n".join(lines)
+    proven = "none can be left out" if found.minimal else f"the best after {found.runs} runs; --runs allows more"
+    lines.append(f"with these {len(found.members)} in float: {found.fixed_db:.2f} dB; {proven}")
+    for layer, members in groupby(sorted(found.members, key=lambda one: (one.layer, one.bin)), lambda one: one.layer):
+        mine = list(members)
+        errors = ", ".join(f"bin{one.bin:02d} ({one.sqnr_db:.1f} dB of its own)" for one in mine)
+        lines.append(f"  {layer} in {errors}")
+    lines += _cost(found)
+    lines.append(f"searched in {found.runs} runs of {many}, {found.seconds:.0f} s")
+    lines.append(f"recipe: {out}" if out else f"recipe (--out writes it):\n{found.recipe.rstrip()}\n")
+    lines.append(f"export it: {found.command}")
+    return "\n".join(lines)
+
+
+def _cost(found: Found) -> list[str]:
+    cost = found.cost
+    assert cost is not None
+    bins = ", ".join(f"bin{index:02d}" for index in cost.bins)
+    lines = [
+        f"costs: {cost.bytes / 1e6:+.2f} MB ({cost.share:+.1%} of the bundle); multiply-adds of linears in float "
+        f"{cost.float_before:.1%} → {cost.float_after:.1%}; graphs that change: {bins}"
+    ]
+    if cost.sessions_after > cost.sessions_before:
+        lines.append(
+            f"  bins no longer alike: {cost.sessions_after} sessions on the CPU instead of {cost.sessions_before}"
+        )
+    return lines
