@@ -24,12 +24,16 @@ from vdq_export.targets.cuda.kernels._config import SHARED
 
 @dataclass(frozen=True)
 class Compiled:
-    """One compiled launch. spilled: bytes of registers stored to and loaded from local memory; shared: bytes."""
+    """One compiled launch. spilled: bytes of registers stored to and loaded from local memory; shared: bytes.
+
+    serialized: why ptxas waits after each asynchronous product, "" where it does not.
+    """
 
     kernel: str
     ptx: str
     registers: int
     spilled: int
+    serialized: str
     shared: int
     seconds: float
 
@@ -41,6 +45,8 @@ def wrong(case: Case, kernels: Sequence[Compiled], arch: str = "sm_90") -> list[
     for one in kernels:
         if any(re.search(form, one.ptx) for form in case.forms):  # one that lays memory out anew may
             found += [f"{one.kernel} has {form}" for form in case.never if re.search(form, one.ptx)]
+        if one.serialized:
+            found.append(f"{one.kernel} waits after each product: {one.serialized}")
         if one.spilled:
             found.append(f"{one.kernel} spills {one.spilled} bytes")
         if one.shared > SHARED[arch]:
@@ -90,6 +96,7 @@ def _compile(launch: Any) -> Compiled:
         ptx=kernel.asm["ptx"],
         registers=_number(r"Used (\d+) registers", log),
         spilled=_number(r"(\d+) bytes spill stores", log) + _number(r"(\d+) bytes spill loads", log),
+        serialized=" ".join(re.findall(r"Potential Performance Loss: (wgmma.*? serialized.*)", log)),
         shared=kernel.metadata.shared,
         seconds=time.monotonic() - began,
     )
@@ -129,7 +136,8 @@ def main() -> None:
 def _line(case: str, one: Compiled) -> str:
     forms = re.findall(r"(?:wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*", one.ptx)
     numbers = f"{one.registers:9} {one.spilled:7} {one.shared:7} {one.seconds:7.1f}"
-    return f"{case:26} {one.kernel:30} {numbers}  {' '.join(sorted(set(forms)))}"
+    slow = "  serialized" if one.serialized else ""
+    return f"{case:26} {one.kernel:30} {numbers}  {' '.join(sorted(set(forms)))}{slow}"
 
 
 def _write(one: Compiled, place: Path) -> None:

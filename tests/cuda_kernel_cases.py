@@ -133,6 +133,8 @@ CASES: dict[str, Case] = {
     "int8 low rank": Case(partial(_low_rank, "int8"), (WGMMA_INT8,)),
     "int8 low rank residual": Case(partial(_out, "int8", SMALL, rank=32), (WGMMA_INT8,)),
     "int8 low rank residual 5120": Case(partial(_out, "int8", rank=32), (WGMMA_INT8,)),
+    "int8 low rank 128": Case(partial(_out, "int8", rank=128), (WGMMA_INT8,)),
+    "int8 two samples": Case(partial(_out, "int8", SMALL, gate=meta(2, SMALL)), (WGMMA_INT8,)),
     "int8 prompt": Case(partial(_linear, "int8", m=512), (WGMMA_INT8,)),
     "int8 time": Case(partial(_linear, "int8", m=1), (WGMMA_INT8,)),
     "int8 groups of 128": Case(partial(_up, "int8", group=128), (WGMMA_INT8,)),
@@ -150,6 +152,7 @@ CASES: dict[str, Case] = {
     "fp8": Case(partial(_up, "fp8", fp8=True), (WGMMA_FP8,)),
     "fp8 gate residual": Case(partial(_out, "fp8"), (WGMMA_FP8,)),
     "fp8 gate residual bf16": Case(partial(_out, "fp8", stream=BF16, dtype=BF16), (WGMMA_FP8,)),
+    "fp8 low rank 128": Case(partial(_out, "fp8", rank=128), (WGMMA_FP8,)),
     "fp8 prompt": Case(partial(_linear, "fp8", m=512), (WGMMA_FP8,)),
     "fp8 time": Case(partial(_linear, "fp8", m=1), (WGMMA_FP8,)),
     "weight-only int8": Case(partial(_out, "int8", codes=False), (WGMMA_FP16,)),
@@ -175,6 +178,11 @@ CASES: dict[str, Case] = {
     "attention float v": Case(partial(_attention, fp8=False), (WGMMA_INT8, WGMMA_FP16)),
     "attention float v 64": Case(partial(_attention, d=64, fp8=False, codes=True), (WGMMA_INT8, WGMMA_FP16)),
     "attention bf16 v": Case(partial(_attention, fp8=False, dtype=BF16), (WGMMA_INT8, WGMMA_BF16)),
+    "attention 256": Case(partial(_attention, d=256), (WGMMA_INT8, WGMMA_FP8)),
+    "attention mask": Case(partial(_attention, mask=meta(1, 1, TOKENS, TOKENS)), (WGMMA_INT8, WGMMA_FP8)),
+    "attention mask float v": Case(
+        partial(_attention, fp8=False, codes=True, mask=meta(1, 1, TOKENS, TOKENS)), (WGMMA_INT8, WGMMA_FP16)
+    ),
     "attention prompt": Case(partial(_attention, keys=512, mask=meta(1, 1, 1, 512)), (WGMMA_INT8, WGMMA_FP8)),
     "rope": Case(_rope),
     "rope codes": Case(partial(_rope, scale=meta(12))),

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from vdq_export.targets.cuda.kernels import _config
 from vdq_export.targets.cuda.kernels import attention as public
 from vdq_export.targets.cuda.kernels import attention_int8 as kernel
 from vdq_export.targets.cuda.kernels._quant import FLOAT8, Quant
@@ -137,6 +138,33 @@ def test_the_least_float_is_no_infinity() -> None:
     arguments = given(1, 1, 32, 3, 40, mask=mask)
     alike = {**arguments, "mask": None, "q": torch.zeros_like(arguments["q"])}
     assert wrong(ran(arguments), alike) is None
+
+
+def test_the_least_float_is_none_in_sixteen_bits() -> None:
+    """torch's attention of float16, with the same mask: not a row without keys, which would be zero, nor NaN."""
+    arguments = given(1, 1, 32, 3, 40, mask=torch.full((1, 1, 3, 40), torch.finfo(torch.float32).min))
+    for name in "qk":
+        arguments |= {name: torch.zeros_like(arguments[name]).half(), f"{name}_scale": None}
+    y, _ = public.attention(**arguments)
+    assert y is not None
+    torch.testing.assert_close(y, arguments["v"].float().mean(1, keepdim=True).expand_as(y), rtol=0, atol=2e-3)
+
+
+def test_a_negative_scale_goes_to_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(public, "runs_triton", lambda _: True)
+    monkeypatch.setattr(kernel, "launch", None)
+    arguments = {**given(1, 2, 32, 4, 5, v=torch.float32), "scale": -0.1}
+    assert wrong(public.attention(**arguments)[0], arguments) is None
+
+
+def test_without_float8_on_the_device() -> None:
+    """sm_80: E4M3 values become float16, exactly; codes leave as bytes."""
+    arguments = given(2, 2, 32, 20, 37, v=FLOAT8)
+    quant = Quant(torch.tensor(0.004), None, dtype=FLOAT8)
+    with _config.assume("sm_80"):
+        y, codes = kernel.launch(**arguments, quant=quant, config=config())
+    assert wrong(y, {**arguments, "v": arguments["v"].half()}) is None
+    assert y is not None and codes is not None and torch.equal(codes.float(), quant.codes(y).float())
 
 
 @pytest.mark.parametrize("v", [torch.float16, FLOAT8], ids=["fp16", "fp8"])

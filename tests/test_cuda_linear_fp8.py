@@ -58,7 +58,7 @@ class Case:
         return np.asarray((self.x.double() @ (self.w.double() * scale) * self.x_scale.double()).numpy())
 
 
-SHAPES = [(1, 1, 1), (17, 33, 31), (16, 32, 64), (40, 24, 300), (5, 70, 272)]
+SHAPES = [(1, 1, 1), (3, 1, 64), (17, 33, 31), (16, 32, 64), (40, 24, 300), (5, 70, 272)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -141,6 +141,13 @@ def test_epilogue(mix: Mix) -> None:
     check(linear_int4.launch(*case.operands(), epilogue, TINY), case.product(), epilogue)
 
 
+@pytest.mark.parametrize("rank", [33, 100])
+def test_low_rank_in_pieces(rank: int) -> None:
+    case = Case(18, 40, 32)
+    epilogue = Epilogue(low=torch.randn(18, rank).half(), up=torch.randn(rank, 40).half(), dtype=torch.float32)
+    check(linear_int4.launch(*case.operands(), epilogue, TINY), case.product(), epilogue)
+
+
 def test_low_rank_may_be_a_view_and_wider_factors() -> None:
     case = Case(18, 40, 32)
     for dtype in (torch.float32, torch.bfloat16):

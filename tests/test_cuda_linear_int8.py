@@ -139,6 +139,21 @@ def test_low_rank_may_be_a_view_and_wider_factors() -> None:
         check(linear_int8.launch(*case.operands(), epilogue, TINY), case.product(), epilogue)
 
 
+@pytest.mark.parametrize("rank", [32, 33, 100])
+def test_low_rank_in_pieces(rank: int) -> None:
+    case = Case(18, 40, 32)
+    epilogue = Epilogue(low=torch.randn(18, rank).half(), up=torch.randn(rank, 40).half(), dtype=torch.float32)
+    check(linear_int8.launch(*case.operands(), epilogue, TINY), case.product(), epilogue)
+
+
+def test_more_inputs_than_an_int32_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_int8, "MOST_INPUTS", 63)
+    monkeypatch.setattr(linear_int8, "_kernel", None)
+    case = Case(16, 32, 64)
+    epilogue = Epilogue(dtype=torch.float32)
+    check(linear_int8.launch(*case.operands(), epilogue, TINY), case.product(), epilogue)
+
+
 def test_gate_of_each_row() -> None:
     case = Case(17, 40, 32)
     epilogue = Epilogue(gate=torch.randn(17, 40), dtype=torch.float32)

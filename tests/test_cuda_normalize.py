@@ -190,9 +190,17 @@ def test_low_rank(norm: str, rank: int) -> None:
     check(normal(5, 37), full(37, rank=rank, norm=norm, keep=False), config=FLAT)
 
 
-def test_low_rank_in_bfloat16() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_rank_in_sixteen_bits(dtype: torch.dtype) -> None:
     """`down` is exact; v is two bfloat16 numbers: below the rounding of the result, which is all that is allowed."""
-    check(normal(5, 70).bfloat16(), full(70, rank=8, down=normal(70, 8).bfloat16(), dtype=torch.bfloat16))
+    check(normal(5, 70).to(dtype), full(70, rank=8, down=normal(70, 8).to(dtype), dtype=dtype))
+
+
+def test_float16_down_has_all_its_bits() -> None:
+    """x of one channel each, powers of two: low is `down`, eleven bits of it."""
+    down = (1 + torch.arange(1024.0) / 1024).half().reshape(32, 32)
+    low = kernel.launch(torch.eye(32), Steps(down=down, keep=False, dtype=torch.float32))[2]
+    assert low is not None and torch.equal(low, down.float())
 
 
 @pytest.mark.parametrize(("order", "k"), [(12, 36), (192, 192), (1536, 1536)])
@@ -280,6 +288,17 @@ def test_triton_only_where_it_is_forced_and_can(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(kernel._hadamard, "fits", lambda order: False)
     kernel.normalize(x, hadamard=12)
     assert taken == [12], "neither 300 columns nor a block beyond shared memory"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"weight": normal(1)}, {"smooth": normal(1)}, {"post": normal(15)}, {"down": normal(15, 2)},
+     {"scale": normal(3, 16)}, {"scale": normal(2, 16), "shift": normal(4, 16)}],
+    ids=["weight", "smooth", "post", "down", "samples", "shift"],
+)  # fmt: skip
+def test_operands_of_another_size_are_refused(wrong: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"is \[|samples"):
+        kernel.normalize(normal(4, 16), **wrong)
 
 
 def test_blocks_that_do_not_divide_a_row_are_refused() -> None:

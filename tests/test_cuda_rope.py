@@ -148,6 +148,17 @@ def test_codes_saturate() -> None:
     assert got.max() == 127
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"weight": torch.ones(31)}, {"bias": torch.ones(3)}, {"scale": torch.ones(1)}, {"sin": torch.ones(5, 15)},
+     {"cos": torch.ones(4, 16), "sin": torch.ones(4, 16)}, {"cos": torch.ones(5, 17), "sin": torch.ones(5, 17)}],
+    ids=["weight", "bias", "scale", "sine", "tokens", "width"],
+)  # fmt: skip
+def test_operands_of_another_size_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="heads"):
+        kernel.rope(**{**CASES["wan"], **wrong})
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_float8_codes_saturate(arch: str) -> None:
     """sm_80 has no such type: the kernel stores its bits."""

@@ -334,6 +334,21 @@ def test_a_second_output_that_no_rule_gives_is_refused() -> None:
         lower(Case("LayerNormalization", (X, floats(4), floats(4)), outputs=2).fed_run[0])
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("ConstantOfShape", (ints(1, 2048, 1024),), fed=()),
+        Case("Range", (scalar(0, "int64"), scalar(1 << 20, "int64"), scalar(1, "int64")), fed=()),
+    ],
+    ids=lambda case: case.op,
+)
+def test_what_has_no_operand_is_made_beforehand(case: Case) -> None:
+    """However large: at run time nothing would say on which device."""
+    program = lower(case.folded_run[0], device="meta")
+    assert {node.op for node in program.module.graph.nodes} == {"get_attr", "output"}
+    assert all(found.is_meta for found in program({}).values())
+
+
 def test_a_shape_that_is_computed_is_refused() -> None:
     with pytest.raises(CompileError, match=r"Reshape node the node computes its shape \(input in1\)"):
         lower(Case("Reshape", (X, ints(4, -1)), fed=BOTH).fed_run[0])

@@ -25,6 +25,7 @@ from vdq_export.targets.cuda.kernels._quant import FLOAT8, Quant
 
 ACTIVATIONS = ("none", "gelu_tanh", "gelu_erf", "silu")
 LEAST_RANK = 16  # the shortest inner dimension of tl.dot
+RANKS = tl.constexpr(32)  # of the low-rank branch that are multiplied at a time
 
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2^23: a float32 this large has steps of one, its low byte is the integer's
 _FAR = tl.constexpr(1024.0)  # beyond every code; keeps infinities out of products with 0
@@ -74,16 +75,22 @@ def quantize(v, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, FP8: tl.cons
 
 
 @triton.jit
-def low_rank(low, low_stride, up, rows, cols, m, n, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
-    """low[rows] @ up[:, cols], float32. 16-bit factors exactly, float32 ones in three products of tf32."""
-    ranks = tl.arange(0, RANK_BLOCK)
-    left_mask = (rows[:, None] < m) & (ranks[None, :] < RANK)
-    right_mask = (ranks[:, None] < RANK) & (cols[None, :] < n)
-    left = tl.load(low + rows[:, None].to(tl.int64) * low_stride + ranks[None, :], mask=left_mask, other=0.0)
-    right = tl.load(up + ranks[:, None] * n + cols[None, :], mask=right_mask, other=0.0)
-    if left.dtype != right.dtype:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return float_dot(left, right, None)
+def low_rank(v, low, low_stride, up, rows, cols, m, n, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr):
+    """v + low[rows] @ up[:, cols], float32. 16-bit factors exactly, float32 ones in three products of tf32.
+
+    A few ranks at a time: all of them would take the shared memory that the next tile's blocks lie in.
+    """
+    WIDTH: tl.constexpr = min(RANK_BLOCK, RANKS)
+    for first in tl.static_range(0, RANK_BLOCK, WIDTH):
+        ranks = first + tl.arange(0, WIDTH)
+        left_mask = (rows[:, None] < m) & (ranks[None, :] < RANK)
+        right_mask = (ranks[:, None] < RANK) & (cols[None, :] < n)
+        left = tl.load(low + rows[:, None].to(tl.int64) * low_stride + ranks[None, :], mask=left_mask, other=0.0)
+        right = tl.load(up + ranks[:, None] * n + cols[None, :], mask=right_mask, other=0.0)
+        if left.dtype != right.dtype:
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        v = float_dot(left, right, v)
+    return v
 
 
 @triton.jit
@@ -114,7 +121,7 @@ def finish(
     if bias is not None:
         v += tl.load(bias + cols, mask=known, other=0.0).to(tl.float32)[None, :]
     if low is not None:
-        v += low_rank(low, low_stride, up, rows, cols, m, n, RANK, RANK_BLOCK)
+        v = low_rank(v, low, low_stride, up, rows, cols, m, n, RANK, RANK_BLOCK)
     v = activation(v, ACT)
     v = gated(v, gate, residual, start, inside, rows, cols, n, per_sample, ONE_SAMPLE)
     if post is not None:
@@ -186,6 +193,11 @@ class Epilogue:
             v = v * self.post.float()
         return v.to(self.dtype) if self.keep else None, None if self.quant is None else self.quant.codes(v)
 
+    @property
+    def kinds(self) -> dict[str, int | bool]:
+        """What the tables of configurations may ask: what else lies in registers beside the tile."""
+        return {"low": self.low is not None, "residual": 0 if self.residual is None else self.residual.element_size()}
+
     def outputs(self, m: int, n: int, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(y, q), not yet written."""
         y = torch.empty(m, n, dtype=self.dtype, device=device) if self.keep else None
@@ -197,17 +209,29 @@ class Epilogue:
         rank = 0 if self.low is None else self.low.shape[-1]
         low = self.low if self.low is None or self.low.stride(-1) == 1 else self.low.contiguous()
         quant = self.quant
-        form = 0 if quant is None or quant.dtype != FLOAT8 else 1 if _config.capability() >= (8, 9) else 2
+        form = code_form(quant)
         return {
             "bias": _flat(self.bias), "low": low, "low_stride": 0 if low is None else low.stride(0),
             "up": _flat(self.up), "gate": _flat(self.gate), "per_sample": max(1, m // samples),
             "residual": _flat(self.residual), "post": _flat(self.post),
             "out_scale": None if quant is None else quant.scale, "out_zero": None if quant is None else quant.zero,
-            "y": y, "q": q if form < 2 or q is None else q.view(torch.uint8),
+            "y": y, "q": stored(q, form),
             "RANK": rank, "RANK_BLOCK": power_of_two(rank, LEAST_RANK), "ACT": self.act,
             "ONE_SAMPLE": samples == 1, "LOW": 0 if quant is None else quant.low,
             "HIGH": 0 if quant is None else quant.high, "FP8": form,
         }  # fmt: skip
+
+
+def code_form(quant: Quant | None) -> int:
+    """FP8 of `quantize`: 0 int8 codes, or none; 1 float8; 2 its bits, for devices whose Triton has no such type."""
+    if quant is None or quant.dtype != FLOAT8:
+        return 0
+    return 1 if _config.capability() >= (8, 9) else 2
+
+
+def stored(codes: torch.Tensor | None, form: int) -> torch.Tensor | None:
+    """The codes as a kernel stores them."""
+    return codes if codes is None or form < 2 else codes.view(torch.uint8)
 
 
 def _flat(tensor: torch.Tensor | None) -> torch.Tensor | None:

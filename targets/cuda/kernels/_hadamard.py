@@ -29,7 +29,7 @@ So 8960 in one block is bound by arithmetic: 140 does not factor and is padded t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 import torch
@@ -99,11 +99,11 @@ def _pairs(n: int) -> list[tuple[int, int]]:
     return [(b, n // b) for b in powers if n // b in powers and (n // b > 1 or b == 1)]
 
 
-@lru_cache(maxsize=256)
+@cache  # all of them: captured graphs read them where they lie
 def constants(order: int, device: torch.device, transpose: bool = False) -> tuple[torch.Tensor | None, ...]:
     """A, B, C as signs in bfloat16, padded, on the device; None for a factor of one. transpose: those of Hᵀ.
 
-    Made at a first call and kept: a call before a graph is captured has to have seen every order.
+    Made at a first call, which copies to the device: a call before a graph is captured has to have seen every order.
     """
     made = shape(order)
     if made.width > order:
@@ -262,7 +262,7 @@ def launch(
         x, y, m, k, x.stride(0), order**-0.5, a, b, c,
         BLOCK_M=rows, COUNT=count, WIDTH=made.width, LEFT=made.left, A=made.a, B=made.b, C=made.c,
         TERMS=most, FIRST=1 if x.dtype == torch.bfloat16 else most,
-        num_warps=config.get("num_warps", warps(made, rows * count * made.size)),
+        num_warps=config.get("num_warps", warps(made, rows * count * made.size)), enable_fp_fusion=True,
     )  # fmt: skip
     return y
 

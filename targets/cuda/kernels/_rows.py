@@ -100,12 +100,21 @@ def _value(
 
 @triton.jit
 def _low(v, inside, down, cols, known, RANK: tl.constexpr, RANK_BLOCK: tl.constexpr, TERMS: tl.constexpr):
-    """v @ down[columns]: bfloat16 ones exactly, with v as TERMS bfloat16 numbers; others in three products of tf32."""
+    """v @ down[columns], v as TERMS bfloat16 numbers, down exactly as one or (float16) two; float32 by tf32x3."""
     ranks = tl.arange(0, RANK_BLOCK)
     mask = known[:, None] & (ranks[None, :] < RANK)
     right = tl.load(down + cols[:, None].to(tl.int64) * RANK + ranks[None, :], mask=mask, other=0.0)
     v = tl.where(inside, v, 0.0)
-    return split_dot(v, right, TERMS) if right.dtype == tl.bfloat16 else float_dot(v, right.to(tl.float32), None)
+    if right.dtype == tl.bfloat16:
+        product = split_dot(v, right, TERMS)
+    elif right.dtype == tl.float16:  # 11 bits: 8 and the other three
+        wide = right.to(tl.float32)
+        upper = narrow(wide, tl.bfloat16)
+        lower = narrow(wide - upper.to(tl.float32), tl.bfloat16)
+        product = float_dot(narrow(v, tl.bfloat16), lower, split_dot(v, upper, TERMS))
+    else:
+        product = float_dot(v, right.to(tl.float32), None)
+    return product
 
 
 @triton.jit

@@ -72,10 +72,10 @@ def _layout(across: torch.Tensor, kind: Kind) -> torch.Tensor:
     """codes[N, K] in the kernels' layout."""
     if kind == "int4":
         return pack(across)
-    behind = -across.shape[1] % ALIGNMENT
-    if kind == "fp8":  # padded as bytes: torch pads no float8
-        return F.pad(across.view(torch.uint8), (0, behind)).view(FLOAT8)
-    return F.pad(across, (0, behind))
+    n, k = across.shape
+    padded = torch.zeros(n, -(-k // ALIGNMENT) * ALIGNMENT, dtype=torch.int8, device=across.device)
+    padded[:, :k] = across.view(torch.int8)
+    return padded.view(FLOAT8) if kind == "fp8" else padded
 
 
 def _sums(across: torch.Tensor, scale: torch.Tensor, group: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ def attention(
     q_scale, k_scale[H]: q and k are int8 codes, symmetric. v: floats, or float8e4m3fn with v_scale[H].
     mask: floats to add, broadcastable to [B, H, Sq, Sk].
     """
-    known = q.numel() > 0 and k.shape[1] > 0 and q.shape[2] // heads <= attention_int8.WIDEST
+    known = q.numel() > 0 and k.shape[1] > 0 and q.shape[2] // heads <= attention_int8.WIDEST and scale > 0
     if q_scale is not None and k_scale is not None and known and runs_triton(q):
         return attention_int8.launch(
             q, k, v, heads=heads, scale=scale, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, mask=mask,
@@ -74,9 +74,15 @@ def _softmax(
     q, k, v = (rows.unflatten(2, (heads, -1)).transpose(1, 2) for rows in (q, k, v))
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype), scale=scale)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=_narrowed(mask, q.dtype), scale=scale)
     lost = torch.isneginf(mask).all(-1, keepdim=True)  # torch's ways differ on these rows
     return torch.where(lost, 0, y).transpose(1, 2).flatten(2)
+
+
+def _narrowed(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Finite numbers stay finite: the lowest of float32 in a whole row is no row without keys."""
+    limits = torch.finfo(dtype)
+    return torch.where(mask.isinf(), mask, mask.clamp(limits.min, limits.max)).to(dtype)
 
 
 def _finish(y: torch.Tensor, quant: Quant | None, keep: bool, dtype: torch.dtype) -> Result:

@@ -57,7 +57,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from vdq_export.targets.cuda.kernels import _config
 from vdq_export.targets.cuda.kernels._backend import blocks, power_of_two
 from vdq_export.targets.cuda.kernels._config import Config
-from vdq_export.targets.cuda.kernels._epilogue import quantize
+from vdq_export.targets.cuda.kernels._epilogue import code_form, quantize, stored
 from vdq_export.targets.cuda.kernels._numbers import float_dot, narrow, to_float8
 from vdq_export.targets.cuda.kernels._quant import FLOAT8, Quant
 
@@ -235,7 +235,7 @@ def _kernel(
     for part in tl.static_range(PARTS):
         total = totals[part]
         share = 1.0 / tl.where(total > 0.0, total, float("inf"))  # a row whose mask shuts out every key is zero
-        if FP8_V:
+        if v_scale is not None:
             share *= tl.load(v_scale + head)
         _store(sums[part] * share[:, None], sample, head, row + part * BLOCK_M, sq, y, out, out_scale, out_zero,
                HEADS, D, BLOCK_D, LOW, HIGH, FP8)  # fmt: skip
@@ -261,6 +261,8 @@ def launch(
     """(y, codes), either None; see attention.attention. At least one query and one key, heads up to WIDEST channels."""
     samples, sq, width = q.shape
     sk, d = k.shape[1], width // heads
+    if v.dtype == FLOAT8 and _config.capability() < (8, 9):  # no such type there; float16 holds each of its numbers
+        v = v.to(torch.float16)
     eight = v.dtype == FLOAT8
     q, k, v = (rows if rows.stride(2) == 1 else rows.contiguous() for rows in (q, k, v))
     if config is None:
@@ -281,15 +283,16 @@ def launch(
     )
     y = torch.empty(samples, sq, width, dtype=dtype, device=q.device) if keep else None
     codes = None if quant is None else torch.empty(samples, sq, width, dtype=quant.dtype, device=q.device)
+    form = code_form(quant)
     where = (0, 0, 0, 0) if mask is None else mask.expand(samples, heads, sq, sk).stride()
     _kernel[(blocks(sq, block_m * parts), samples * heads)](
         _rows(q, block_m, block_d) if tma and d == block_d else q, _rows(k, block_n, block_d) if tma else k,
         values if not tma else _tiles(values, block_d, block_n) if eight else _rows(v, block_n, block_d),
         mask, q_scale, k_scale, v_scale, None if quant is None else quant.scale, None if quant is None else quant.zero,
-        y, codes, scale, sq, sk, q.stride(0), k.stride(0), v.stride(0), *where,
+        y, stored(codes, form), scale, sq, sk, q.stride(0), k.stride(0), v.stride(0), *where,
         HEADS=heads, Q_ROW=q.stride(1), K_ROW=k.stride(1), V_ROW=v.stride(1), D=d, BLOCK_D=block_d, FP8_V=eight,
-        LOW=-128 if quant is None else quant.low, HIGH=127 if quant is None else quant.high, FP8=codes is not None
-        and codes.dtype == FLOAT8, BLOCK_M=block_m, BLOCK_N=block_n, PARTS=parts, TMA=tma,
+        LOW=-128 if quant is None else quant.low, HIGH=127 if quant is None else quant.high, FP8=form,
+        BLOCK_M=block_m, BLOCK_N=block_n, PARTS=parts, TMA=tma,
         num_warps=config["num_warps"], num_stages=config["num_stages"], enable_fp_fusion=True,
     )  # fmt: skip
     return y, codes

@@ -98,7 +98,7 @@ def launch(
     if config is None:
         config = _config.config(
             "linear_fp8", lambda one: launch(x, weight, x_scale, x_zero, epilogue, one, bits),
-            m=m, n=n, k=k, low=epilogue.low is not None,
+            m=m, n=n, k=k, **epilogue.kinds,
         )  # fmt: skip
     if bits is None:
         bits = not has_float8()
@@ -110,7 +110,7 @@ def launch(
         depth = config["BLOCK_K"]
         _kernel[grid(m, n, config, x.device)](
             operand(left, config["BLOCK_M"], depth, config), operand(right, config["BLOCK_N"], depth, config),
-            weight.scale, x_scale, m, n, k, x.stride(0), right.stride(0), **epilogue.arguments(y, q, m),
+            weight.scale, x_scale, m, n, k, x.stride(0), right.shape[1], **epilogue.arguments(y, q, m),
             BITS=bits, **config, enable_fp_fusion=True,
         )  # fmt: skip
     return y, q

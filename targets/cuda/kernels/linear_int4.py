@@ -136,7 +136,7 @@ def launch(
     if config is None:
         config = _config.config(
             "linear_int4", lambda one: launch(x, weight, x_scale, x_zero, epilogue, one),
-            m=m, n=n, k=k, group=group, low=epilogue.low is not None,
+            m=m, n=n, k=k, group=group, **epilogue.kinds,
         )  # fmt: skip
     x = x.contiguous()
     depth = min(config["BLOCK_K"], gcd(ALIGNMENT, group))
@@ -148,7 +148,7 @@ def launch(
         packed = weight.data.view(torch.int8)
         _kernel[grid(m, n, config, x.device)](
             operand(x, config["BLOCK_M"], depth, config), operand(packed, config["BLOCK_N"], depth, config),
-            weight.scale, weight.colsum, x_scale, x_zero, m, n, k, packed.stride(0), x.stride(0),
+            weight.scale, weight.colsum, x_scale, x_zero, m, n, k, packed.shape[1], x.stride(0),
             **epilogue.arguments(y, q, m), GROUP=group, **config, enable_fp_fusion=True,
         )  # fmt: skip
     return y, q

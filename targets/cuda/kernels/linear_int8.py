@@ -4,7 +4,7 @@
     y[m, n] = (Σ_g w_scale[g, n]·Σ_k∈g c[m, k]·w[n, k] − zero·colsum[n]) · x_scale        groups
     then the epilogue (_epilogue.py)
 
-Sums of products are int32 and exact, the zero point's part of them too: (128 + 128)·127·K < 2^31 up to K = 66,000. Sums
+Sums of products are int32 and exact, the zero point's part of them too: 255·128·K < 2^31 up to K = 65,536. Sums
 of groups become float32 one by one; those of up to 256 inputs are at most 2^22, where adding them to the bits of
 1.5·2^23 is the conversion, so the product starts at these bits and the conversion costs one subtraction.
 
@@ -47,6 +47,7 @@ from vdq_export.targets.cuda.kernels._weight import ALIGNMENT, Weight
 
 _MAGIC_BITS = tl.constexpr(0x4B400000)  # 1.5 · 2^23 as float32
 _MAGIC = tl.constexpr(12582912.0)
+MOST_INPUTS = 65536  # 255 · 128 of each still add up to an int32
 _LEAST_K = 32  # inputs of one wgmma of 8-bit integers
 _EXACT_GROUP = tl.constexpr(256)  # 256 · 128 · 128 = 2^22
 
@@ -179,17 +180,19 @@ def launch(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(y, q) by the kernel, in the given or the device's configuration."""
     m, k = x.shape
+    if k > MOST_INPUTS:
+        return reference(x, weight, x_scale, x_zero, epilogue)
     if config is None:
         config = _config.config(
             "linear_int8",
             lambda one: launch(x, weight, x_scale, x_zero, epilogue, one),
-            m=m, n=weight.n, k=k, group=weight.group,
+            m=m, n=weight.n, k=k, group=weight.group, **epilogue.kinds,
         )  # fmt: skip
     config = _fitting(config, x, weight)
     left, right = _operands(x, weight, config)
     y, q = epilogue.outputs(m, weight.n, x.device)
     _kernel[_grid(m, weight.n, config, x.device)](
-        left, right, weight.scale, weight.colsum, x_scale, x_zero, m, weight.n, k, x.stride(0), weight.data.stride(0),
+        left, right, weight.scale, weight.colsum, x_scale, x_zero, m, weight.n, k, x.stride(0), weight.data.shape[1],
         **epilogue.arguments(y, q, m), GROUP=weight.group, **config, enable_fp_fusion=True,
     )  # fmt: skip
     return y, q

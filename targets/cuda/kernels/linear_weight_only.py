@@ -103,7 +103,7 @@ def launch(
     if config is None:
         config = _config.config(
             "linear_weight_only", lambda one: launch(x, weight, epilogue, one),
-            m=m, n=n, k=k, x=str(x.dtype).removeprefix("torch."), group=group, low=epilogue.low is not None,
+            m=m, n=n, k=k, x=str(x.dtype).removeprefix("torch."), group=group, **epilogue.kinds,
         )  # fmt: skip
     x = x.contiguous()
     depth = gcd(config["BLOCK_K"], ALIGNMENT, group)
@@ -115,7 +115,7 @@ def launch(
         levels = weight.data.view(torch.int8)
         _kernel[grid(m, n, config, x.device)](
             operand(x, config["BLOCK_M"], depth, config), operand(levels, config["BLOCK_N"], depth, config),
-            weight.scale, m, n, k, levels.stride(0), x.stride(0), **epilogue.arguments(y, q, m),
+            weight.scale, m, n, k, levels.shape[1], x.stride(0), **epilogue.arguments(y, q, m),
             PACKED=weight.kind == "int4", GROUP=group, **config, enable_fp_fusion=True,
         )  # fmt: skip
     return y, q

@@ -36,8 +36,8 @@ import torch
 
 from vdq_export.targets.cuda.kernels import _config, _hadamard
 from vdq_export.targets.cuda.kernels._backend import blocks, power_of_two, runs_triton
-from vdq_export.targets.cuda.kernels._epilogue import LEAST_RANK, activate
-from vdq_export.targets.cuda.kernels._quant import FLOAT8, Quant
+from vdq_export.targets.cuda.kernels._epilogue import LEAST_RANK, activate, code_form, stored
+from vdq_export.targets.cuda.kernels._quant import Quant
 from vdq_export.targets.cuda.kernels._rows import row_kernel
 
 NORMS = ("none", "layer", "rms")
@@ -131,15 +131,30 @@ def normalize(
 ) -> Outputs:
     """(y[M, K] or None, q[M, K] or None, low[M, r] or None) of x[M, K]; see above. y is wanted where keep is.
 
-    weight, bias, smooth, post [K]; scale, shift [B, K]; down [K, r]. Raises ValueError for blocks that do not divide K.
+    weight, bias, smooth, post [K]; scale, shift [B, K]; down [K, r]. Raises ValueError for other shapes, and
+    for blocks that do not divide K.
     """
     steps = Steps(
         norm, weight, bias, epsilon, act, scale, shift, smooth, hadamard, post, quant, down, keep, dtype
     )  # fmt: skip
-    if steps.turned and x.shape[1] % hadamard:
-        raise ValueError(f"blocks of {hadamard} do not divide {x.shape[1]} channels")
+    _check(x, steps)
     fits = steps.rank <= _MOST_RANK and (not steps.turned or _hadamard.fits(hadamard))
     return launch(x, steps) if fits and runs_triton(x) else reference(x, steps)
+
+
+def _check(x: torch.Tensor, steps: Steps) -> None:
+    """Shapes: a kernel would read beside a tensor that is too small."""
+    m, k = x.shape
+    if steps.turned and k % steps.hadamard:
+        raise ValueError(f"blocks of {steps.hadamard} do not divide {k} channels")
+    expected = {name: {(k,)} for name in ("weight", "bias", "smooth", "post")}
+    expected |= {name: {(1, k), (steps.samples, k)} for name in ("scale", "shift")} | {"down": {(k, steps.rank)}}
+    for name, shapes in expected.items():
+        given = getattr(steps, name)
+        if given is not None and tuple(given.shape) not in shapes:
+            raise ValueError(f"{name} is {list(given.shape)}, not {list(max(shapes))}")
+    if m % steps.samples:
+        raise ValueError(f"{m} rows are not {steps.samples} samples of equal length")
 
 
 def reference(x: torch.Tensor, steps: Steps) -> Outputs:
@@ -256,25 +271,19 @@ def _run(x: torch.Tensor, steps: Steps, one: Tile, config: _config.Config) -> Ou
     stages = config["num_stages"] if loops and one.size <= _FETCHED and not steps.turned else 1
     per_sample = m // steps.samples
     terms = config.get("TERMS", _hadamard.terms(steps.dtype))
-    form = _form(steps.quant)
+    form = code_form(steps.quant)
     row_kernel[blocks(m, one.rows), 1 if loops else chunks](
         x, m, k, x.stride(0), chunks, per_sample, steps.epsilon, shape.order**-0.5,
-        a=a, b=b, c=c, y=y, q=q if form < 2 or q is None else q.view(torch.uint8), low=low,
+        a=a, b=b, c=c, y=y, q=stored(q, form), low=low,
         **_arguments(steps), FP8=form,
         ONE_SAMPLE=steps.samples == 1 or per_sample % one.rows == 0,
         BLOCK_M=one.rows, COUNT=one.count, WIDTH=shape.width, LEFT=shape.left, A=shape.a, B=shape.b, C=shape.c,
         TERMS=terms, FIRST=1 if steps.plain and x.dtype == torch.bfloat16 else terms,
         RESIDENT=one.resident, LOOPS=loops, STAGES=stages,
         num_warps=_hadamard.warps(shape, one.size) if steps.turned else config["num_warps"],
+        enable_fp_fusion=True,
     )  # fmt: skip
     return outputs
-
-
-def _form(quant: Quant | None) -> int:
-    """0: int8 codes, or none; 1: float8; 2: its bits, for devices whose Triton has no such type."""
-    if quant is None or quant.dtype != FLOAT8:
-        return 0
-    return 1 if _config.capability() >= (8, 9) else 2
 
 
 def _arguments(steps: Steps) -> dict[str, object]:

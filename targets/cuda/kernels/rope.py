@@ -49,9 +49,25 @@ def rope(
     codes: torch.dtype = torch.int8, dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:  # fmt: skip
     """y[B, S, H·D] of x[B, S, H·D]: `codes` (int8, float8) with scale[H], else floats in `dtype`."""
+    _check(x, heads, weight, bias, cos, sin, scale)
     run = launch if runs_triton(x) and x.numel() else reference
     return run(x, heads=heads, norm=norm, weight=weight, bias=bias, epsilon=epsilon, cos=cos, sin=sin,
                interleaved=interleaved, scale=scale, codes=codes, dtype=dtype)  # fmt: skip
+
+
+def _check(x: torch.Tensor, heads: int, *operands: torch.Tensor | None) -> None:
+    """Shapes: a kernel would read beside a tensor that is too small."""
+    weight, bias, cos, sin, scale = operands
+    length, width = x.shape[1:]
+    for name, one in (("weight", weight), ("bias", bias)):
+        if one is not None and one.numel() not in (width, width // heads):
+            raise ValueError(f"{name} of {one.numel()} for {heads} heads of {width // heads} channels")
+    if scale is not None and scale.numel() != heads:
+        raise ValueError(f"{scale.numel()} scales for {heads} heads")
+    if cos is None or sin is None:
+        return
+    if cos.shape != sin.shape or cos.ndim != 2 or len(cos) != length or 2 * cos.shape[1] > width // heads:
+        raise ValueError(f"cos{list(cos.shape)}, sin{list(sin.shape)} for x{list(x.shape)}, {heads} heads")
 
 
 def reference(
