@@ -114,7 +114,7 @@ def broken_links(page: Path) -> list[str]:
 
 def _is_made(target: Path) -> bool:
     """Pages that the site alone has."""
-    from docsite import pages
+    from docs.site import pages
 
     resolved = target.resolve()
     return resolved.is_relative_to(DOCS) and resolved.relative_to(DOCS).as_posix() in pages.places()

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from docsite import ROOT, cli
-from docsite.docstrings import docstring, first_sentence, markdown
+from docs.site import ROOT, cli
+from docs.site.docstrings import docstring, first_sentence, markdown
 from vdq_export import pipeline, targets
 
 LISTS = {

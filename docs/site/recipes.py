@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from docsite import ROOT
+from docs.site import ROOT
 from vdq_export import recipe
 
 RESULTS = ROOT / "benchmarks/results"

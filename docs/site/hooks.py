@@ -9,13 +9,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # mkdocs loads this file by its path
+sys.path.insert(0, str(Path(__file__).parents[2]))  # mkdocs loads this file by its path
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from docsite import pages
+from docs.site import pages
 
 _LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[\w./-]+?)(#[\w.-]+)?\)")
 _BARS = re.compile(r"(?<=[| ,])`([^`\n]*\\\|[^`\n]*)`")
