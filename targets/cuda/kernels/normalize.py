@@ -147,7 +147,7 @@ def _check(x: torch.Tensor, steps: Steps) -> None:
     m, k = x.shape
     if steps.turned and k % steps.hadamard:
         raise ValueError(f"blocks of {steps.hadamard} do not divide {k} channels")
-    expected = {name: {(k,)} for name in ("weight", "bias", "smooth", "post")}
+    expected: dict[str, set[tuple[int, ...]]] = {name: {(k,)} for name in ("weight", "bias", "smooth", "post")}
     expected |= {name: {(1, k), (steps.samples, k)} for name in ("scale", "shift")} | {"down": {(k, steps.rank)}}
     for name, shapes in expected.items():
         given = getattr(steps, name)
