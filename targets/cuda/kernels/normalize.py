@@ -148,7 +148,8 @@ def _check(x: torch.Tensor, steps: Steps) -> None:
     if steps.turned and k % steps.hadamard:
         raise ValueError(f"blocks of {steps.hadamard} do not divide {k} channels")
     expected: dict[str, set[tuple[int, ...]]] = {name: {(k,)} for name in ("weight", "bias", "smooth", "post")}
-    expected |= {name: {(1, k), (steps.samples, k)} for name in ("scale", "shift")} | {"down": {(k, steps.rank)}}
+    expected["scale"] = expected["shift"] = {(1, k), (steps.samples, k)}
+    expected["down"] = {(k, steps.rank)}
     for name, shapes in expected.items():
         given = getattr(steps, name)
         if given is not None and tuple(given.shape) not in shapes:
