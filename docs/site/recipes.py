@@ -25,9 +25,8 @@ def tables() -> dict[str, str]:
     return {"w8a8": _table(8, 8), "lower": _table(4, 4, 6, 8), "speed": _speed(), "targets": _targets()}
 
 
-def written(text: str) -> str:
-    """The page's text with its tables as they should be. Raises KeyError for a table that nobody makes."""
-    made = tables()
+def written(text: str, made: dict[str, str]) -> str:
+    """The page's text with its tables as they are `made`. Raises KeyError for a table that nobody makes."""
     return _PLACE.sub(lambda found: found[1] + made[found[2]] + found[3], text)
 
 
@@ -46,18 +45,18 @@ def _table(weights: int, *activations: int) -> str:
         bits += f"/{known.schedule.high}" if known.schedule.delta is not None else ""
         bits += " MX" if known.weights.grid.startswith("mx") else ""
         shown = [f"{value:.1f} ± {error:.1f}" for value, error, _ in found]
-        lines.append(f"| `{name}` | {bits} | {_bins(known)} | {shown[0]} | {shown[1]} | {found[0][2]:.1f} |")
+        lines.append(f"| `{name}` | {bits} | {bins(known)} | {shown[0]} | {shown[1]} | {found[0][2]:.1f} |")
     return "\n".join(lines) + "\n"
 
 
-def _bins(known: recipe.Recipe) -> str:
+def bins(known: recipe.Recipe) -> str:
     """How many, as the recipe has them; the samples' clips have 20 steps."""
     return str(len(known.tsw) + 1 if isinstance(known.tsw, tuple) else known.tsw)
 
 
 def _psnr(sample: str, name: str) -> tuple[float, float, float] | tuple[()]:
     """(mean over seeds, standard error, megabytes), or () for what was not measured."""
-    runs: list[dict[str, Any]] = _read("fidelity-recipes")["rows"][sample].get(name, [])
+    runs: list[dict[str, Any]] = read("fidelity-recipes")["rows"][sample].get(name, [])
     if not runs:
         return ()
     seeds = [mean(one["psnr"]) for one in runs]
@@ -65,7 +64,7 @@ def _psnr(sample: str, name: str) -> tuple[float, float, float] | tuple[()]:
 
 
 def _speed() -> str:
-    found = _read("speed")
+    found = read("speed")
     lines = ["| | speed, × float in onnxruntime | SQNR |", "|---|--:|--:|"]
     for name, ratio in found["ratio"].items():
         noise = found["sqnr_db"].get(name)
@@ -87,17 +86,17 @@ def _targets() -> str:
         "hexagon-a8": "`--activations 8`",
         "hexagon-w4": "16-bit activations, 4-bit weights",
     }
-    units = _read("handoff")["units"]
+    units = read("handoff")["units"]
     lines = ["| `--target qnn` | clips against float |", "|---|--:|"]
     lines += [f"| {words} | {units[name]['psnr_db']:.1f} dB |" for name, words in wanted.items()]
     return "\n".join(lines) + "\n"
 
 
-def _read(name: str) -> dict[str, Any]:
+def read(name: str) -> dict[str, Any]:
     held: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return held
 
 
-def pages() -> dict[Path, str]:
-    """{file: what it should hold} of every page with measured tables."""
-    return {PAGE: written(PAGE.read_text(encoding="utf-8"))}
+def pages() -> dict[Path, dict[str, str]]:
+    """{file: its tables}."""
+    return {PAGE: tables()}
