@@ -34,10 +34,14 @@ def loaded(model: Model) -> Model:
 
 
 def contents(bundle: Bundle) -> dict[str, bytes]:
-    """Every file but the manifest; both name weights by the bytes they were read from, plans in the graph's hash."""
-    hashes = [plan.graph_hash.encode() for plan in bundle.plans]
+    """Every file but the manifest, less what names weights by the bytes they were read from: the graph's hash in plans,
+    the manifest's too where the report tells it.
+    """
+    graph, weights = bundle.plans[0].graph_hash.encode(), bundle.manifest.model.weight_hash.encode()
     return {
-        path.relative_to(bundle.path).as_posix(): path.read_bytes().replace(hashes[0], b"graph")
+        path.relative_to(bundle.path).as_posix(): path.read_bytes()
+        .replace(graph, b"graph")
+        .replace(weights, b"weights")
         for path in sorted(bundle.path.rglob("*"))
         if path.is_file() and path.name != "manifest.json"
     }
