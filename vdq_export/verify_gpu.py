@@ -63,8 +63,7 @@ def verify_gpu(
     told = DeviceReport(
         device=device,
         arch=_architecture(on),
-        tool=f"torch {torch.__version__}"
-        + (f", triton {import_module('triton').__version__}" if on.type == "cuda" else ""),
+        tool=_tool(on),
         bins=tuple(found),
         clips=len(made.reference),
         clip_seconds=seconds,

@@ -13,7 +13,6 @@ from vdq_export.jsonfile import decode, encode
 from vdq_export.targets.cuda.ops import DOMAIN, INPUTS
 
 PROGRAMS = "cuda/programs.json"
-KERNELS = "cuda/kernels"
 
 
 class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
