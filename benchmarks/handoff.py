@@ -54,7 +54,7 @@ def exported(target: str, **choices: Any) -> Path:
 def hexagon(settings: dict[str, Any]) -> dict[str, Any]:
     """Compile every bin, emulate, compare; whole clips where asked."""
     from vdq_export.bundle import Bundle
-    from vdq_export.verify_device import Choices, verify_device
+    from vdq_export.devices.verify import Choices, verify_device
 
     arch, recipe, bits, steps, clips = HEXAGON[settings["unit"]]
     bundle = Bundle.open(exported("qnn", recipe=recipe, activations=bits))

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT
-from vdq_export import encodings, float_graph
 from vdq_export.bundle import Bundle
 from vdq_export.graph import Graph
+from vdq_export.handoff import encodings, float_graph
 
 PYTHON = ROOT / ".venv-aimet/bin/python"
 HEADS = (

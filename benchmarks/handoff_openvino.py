@@ -17,10 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.common import RESULTS
-from vdq_export import openvino_runtime
 from vdq_export.bundle import Bundle
 from vdq_export.compiler import export
-from vdq_export.verify_openvino import MAX_DROP_DB, BinResult, compare
+from vdq_export.devices import openvino_runtime
+from vdq_export.devices.verify_openvino import MAX_DROP_DB, BinResult, compare
 
 MODEL, BINS, CALLS = "sample:digits", 4, 4
 HEADS = (

@@ -35,7 +35,7 @@ from vdq_export.targets.qnn import hexagon, partition
 from vdq_export.targets.qnn.contexts import SOCS, Parts, compile_bundle
 from vdq_export.targets.qnn.offline import Job, Task, compile_offline
 from vdq_export.trace import trace
-from vdq_export.weight_store import WeightStore
+from vdq_export.weights.store import WeightStore
 
 ARCH, RECIPE, BINS = "v75", "static-minmax", 4
 DEEP = replace(wan.FULL, layers=30, text_tokens=512, clips=1)

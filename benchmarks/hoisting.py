@@ -18,10 +18,12 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from vdq_export import families, hoisting, pipeline
+from vdq_export import pipeline
 from vdq_export.contract import PassContext
+from vdq_export.hoisting import split as hoisting
+from vdq_export.sources import registry
 from vdq_export.sources.families import Family, Published
-from vdq_export.trace_weightless import trace_weightless
+from vdq_export.tracing.weightless import trace_weightless
 
 PARTS = ("prompt", "step", "mixed", "body")
 ONE_SIZE = ("CogVideoX", "Latte")  # their position embeddings are weights of the published size
@@ -30,7 +32,7 @@ _DEPTHS = ("num_layers", "num_single_layers", "num_refiner_layers")
 
 def models() -> dict[str, tuple[Family, Published]]:
     """Published name -> its family and settings; of families with a configuration in the tests."""
-    return {one.name: (family, one) for family in families.FAMILIES if family.tiny for one in family.published}
+    return {one.name: (family, one) for family in registry.FAMILIES if family.tiny for one in family.published}
 
 
 def measured(settings: dict[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def ways(settings: dict[str, Any]) -> dict[str, Any]:
     """Task: one process, for tracing takes longer than what is measured; the largest comes last."""
     from vdq_export.calib.blocks import observe_blocks
     from vdq_export.calib.observe import observe
-    from vdq_export.work_store import WorkStore
+    from vdq_export.work.store import WorkStore
 
     threads = settings["threads"]
     graph, model = prepared(settings)
@@ -117,7 +117,7 @@ def _measured(observed: Callable[[Path], Any], before: int) -> dict[str, Any]:
 
 def _call(graph: Any, model: Any, threads: int, before: int) -> dict[str, Any]:
     """One denoising call by segments."""
-    from vdq_export.segments import SegmentedNetwork
+    from vdq_export.graphs.segments import SegmentedNetwork
 
     network = SegmentedNetwork(graph, budget=BUDGETS[0], threads=threads)
     seconds = []
@@ -139,7 +139,7 @@ def solving(settings: dict[str, Any]) -> dict[str, Any]:
     from vdq_export.contract import PassContext
     from vdq_export.pipeline import FLOAT, run_passes
     from vdq_export.targets import ort_int8
-    from vdq_export.work_store import WorkStore
+    from vdq_export.work.store import WorkStore
 
     graph, model = prepared(settings)
     spec, answer = ort_int8.spec(), dict[str, Any]()

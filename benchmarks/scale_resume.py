@@ -54,10 +54,11 @@ def prepare(small: bool, threads: int) -> tuple[Any, Any]:
     """(the model, its graph). Exports are forked from this process, so that imports and tracing are none of theirs and
     all moments fall into work that is kept or written."""
     os.environ.update(common.limited(threads))
-    from vdq_export import compiler, work_store
+    from vdq_export import compiler
     from vdq_export.calib import group
     from vdq_export.samples import digits
     from vdq_export.trace import trace
+    from vdq_export.work import store as work_store
 
     if small:
         from tests import tiny_model
@@ -74,7 +75,7 @@ def prepare(small: bool, threads: int) -> tuple[Any, Any]:
 def export(out: Path, *, small: bool, keep: bool = True) -> dict[str, float]:
     """The seconds it took, what it took from the store, and the seconds it spent there."""
     from vdq_export import compiler
-    from vdq_export.work import Work, at_work
+    from vdq_export.work.place import Work, at_work
 
     model, graph = MODEL
     began = time.monotonic()

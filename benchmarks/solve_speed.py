@@ -31,8 +31,8 @@ from vdq_export.calib.draft import Network, draft
 from vdq_export.calib.record import CalibrationRecord, Slot, ValueRecord
 from vdq_export.calib.solve import TOKENS, Solved
 from vdq_export.contract import PassContext
-from vdq_export.engine import Local
 from vdq_export.graph import Array, Graph
+from vdq_export.work.engine import Local
 
 RECIPE, TARGET, BINS, LIMIT = "wan22-w4a4", "reference", 6, 90.0
 STEPS, ROWS, TOP = 36, 64, 4

@@ -19,13 +19,13 @@ from typing import Literal
 import numpy as np
 from msgspec.structs import replace
 
-from vdq_export import attention
-from vdq_export.attention import Attention
 from vdq_export.calib.bins import bin_slots
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.transform import Transform
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array, Graph, Node, Value, as_linear, is_constant
+from vdq_export.graphs import attention
+from vdq_export.graphs.attention import Attention
 from vdq_export.plan import E4M3_MAX, INT_RANGE, AttentionOperand, AttentionPlan, HeadScales, LayerPlan, QuantPlan
 
 _LAYOUT = ("Identity", "Reshape", "Slice", "Split", "Squeeze", "Unsqueeze")  # behind the merge of heads into channels

@@ -18,18 +18,19 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 
-from vdq_export import segments, work_store
 from vdq_export.calib.constant_inputs import Constancy, in_all
 from vdq_export.calib.observe import LIMIT, ROWS, check_outputs, observed_values, step_feeds
 from vdq_export.calib.record import CalibrationRecord, Slot, ValueRecord, denoising_order
 from vdq_export.calib.statistics import TOP, Observed, Seen
 from vdq_export.calib.trajectories import Runs, digest
-from vdq_export.engine import cores
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array, Graph
+from vdq_export.graphs import segments
+from vdq_export.graphs.segments import BUDGET, CPU, Running, Segment, SegmentedNetwork
 from vdq_export.model import Model, Trajectory
-from vdq_export.segments import BUDGET, CPU, Running, Segment, SegmentedNetwork
-from vdq_export.work_store import WorkStore
+from vdq_export.work import store as work_store
+from vdq_export.work.engine import cores
+from vdq_export.work.store import WorkStore
 
 Progress = Callable[[int, int | None], None]
 _Held = list[dict[str, str]]  # of each call, {value: key of its array}

@@ -25,9 +25,9 @@ from vdq_export.calib.transform import Transform
 from vdq_export.errors import CalibrationError, RecipeError
 from vdq_export.graph import Graph, Linear
 from vdq_export.plan import Bin, HoistedPart, LayerPlan, QuantPlan, Rotation
-from vdq_export.promise import Values
 from vdq_export.recipe import Recipe
 from vdq_export.target_spec import TargetSpec
+from vdq_export.weights.promise import Values
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from vdq_export import number_grid
 from vdq_export.calib.ranges import Grid, fake_quantize
 from vdq_export.graph import Array
 from vdq_export.plan import E4M3_MAX, MX_BLOCK, NVFP4_BLOCK, Dynamic, Range
 from vdq_export.recipe import ActivationRecipe
+from vdq_export.weights import number_grid
 
 NVFP4_PEAK = 6 * E4M3_MAX  # the largest number of a tensor with unit 1
 _MX_EXPONENT = 2  # of the largest power of two among the E2M1 numbers

@@ -10,11 +10,11 @@ from typing import NamedTuple
 from vdq_export.calib.ranges import Grid
 from vdq_export.errors import RecipeError
 from vdq_export.graph import Linear
-from vdq_export.number_grid import E2M1_QMAX
 from vdq_export.plan import E4M3_MAX, MX_BLOCK, NVFP4_BLOCK, WIDEST, ScaleType, WeightType
 from vdq_export.plan import Grid as NumberGrid
 from vdq_export.recipe import Recipe
 from vdq_export.target_spec import TargetSpec
+from vdq_export.weights.number_grid import E2M1_QMAX
 
 
 class WeightFormat(NamedTuple):

@@ -25,8 +25,8 @@ from vdq_export.calib.formats import WeightFormat
 from vdq_export.calib.weight_ranges import code_type, round_rows
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array
-from vdq_export.number_grid import numpy_type
 from vdq_export.recipe import GptqRecipe
+from vdq_export.weights.number_grid import numpy_type
 
 STEP = 32  # channels rounded between two matrix products inside a block; a group, where scales are found on the way
 MOST_DAMPING = 1e4  # shares of the mean diagonal beyond which H cannot be what stops Cholesky

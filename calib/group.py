@@ -20,19 +20,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vdq_export import number_grid, units
 from vdq_export.calib import clip, low_rank, weight_ranges
 from vdq_export.calib.dynamic import quantize_rows
 from vdq_export.calib.formats import WeightFormat
 from vdq_export.calib.gptq import Factor, factorise, gptq
 from vdq_export.calib.low_rank import Split
 from vdq_export.calib.ranges import Grid
-from vdq_export.engine import Engine, Local
 from vdq_export.errors import CalibrationError, VdqError
 from vdq_export.graph import Array
 from vdq_export.plan import Dynamic, LowRank, Range, TensorKind, WeightPlan
 from vdq_export.recipe import Recipe, WeightRecipe
-from vdq_export.work_store import WorkStore
+from vdq_export.weights import number_grid
+from vdq_export.work import units
+from vdq_export.work.engine import Engine, Local
+from vdq_export.work.store import WorkStore
 
 HELD_OUT = 8
 LIGHT = 1e9  # multiply-adds below which a group is not worth a process

@@ -15,11 +15,11 @@ from msgspec.structs import replace
 from vdq_export.calib.solve import Solved
 from vdq_export.errors import RecipeError
 from vdq_export.graph import Array, Graph, Linear
-from vdq_export.learned import Learned, LearnedLayer
-from vdq_export.number_grid import numpy_type
 from vdq_export.plan import LayerPlan, QuantPlan, Range, bounds, tensor_name
 from vdq_export.recipe import LowRankRecipe, Recipe, RotationRecipe, SmoothingRecipe
 from vdq_export.target_spec import TargetSpec
+from vdq_export.weights.learned import Learned, LearnedLayer
+from vdq_export.weights.number_grid import numpy_type
 
 
 def adapted(recipe: Recipe, learned: Learned | None) -> Recipe:

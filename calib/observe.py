@@ -21,17 +21,19 @@ import msgspec
 import numpy as np
 import onnx
 
-from vdq_export import attention, ort, work_store
+from vdq_export import ort
 from vdq_export.calib.constant_inputs import Constancy, in_all
 from vdq_export.calib.record import CalibrationRecord, Slot
 from vdq_export.calib.statistics import Observed, Seen
 from vdq_export.calib.trajectories import Runs
-from vdq_export.engine import Engine, cores
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array, Graph, is_constant
+from vdq_export.graphs import attention
+from vdq_export.graphs.segments import feed
 from vdq_export.model import Model, Step, Trajectory
-from vdq_export.segments import feed
-from vdq_export.work_store import WorkStore
+from vdq_export.work import store as work_store
+from vdq_export.work.engine import Engine, cores
+from vdq_export.work.store import WorkStore
 
 Progress = Callable[[int, int | None], None]  # calls done, calls in all where that is known
 ROWS = 64  # sampled token rows a value and slot

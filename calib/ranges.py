@@ -20,9 +20,9 @@ import numpy as np
 from vdq_export.calib.record import ValueRecord
 from vdq_export.calib.transform import Transform
 from vdq_export.graph import Array
-from vdq_export.number_grid import nearest
 from vdq_export.plan import E4M3_MAX, ActivationType, Range, bounds
 from vdq_export.recipe import ActivationRecipe
+from vdq_export.weights.number_grid import nearest
 
 GAIN = 0.95  # a narrower range must have at most this share of the full range's error on held-out rows
 SEARCH_VALUES = 1 << 15  # sampled values a search looks at

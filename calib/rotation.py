@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from vdq_export.carriers import Reading, carriers, head_width
 from vdq_export.graph import Graph, Linear
+from vdq_export.graphs.carriers import Reading, carriers, head_width
 from vdq_export.hadamard import is_order, largest_block
 from vdq_export.plan import Rotation
 from vdq_export.recipe import RotationRecipe

@@ -23,11 +23,11 @@ from vdq_export.calib.group import GroupTask, LayerWeights, solve_groups
 from vdq_export.calib.ranges import activation_range
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.transform import Transform
-from vdq_export.engine import Engine
 from vdq_export.graph import Array, Graph, Linear
 from vdq_export.plan import Dynamic, LayerPlan, QuantPlan, Range, tensor_name
 from vdq_export.target_spec import TargetSpec
-from vdq_export.work_store import WorkStore
+from vdq_export.work.engine import Engine
+from vdq_export.work.store import WorkStore
 
 Progress = Callable[[int, int], None]
 TOKENS = 4096  # sampled rows of one value that searches and Hessians see, over all bins

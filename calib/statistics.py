@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vdq_export import work_store
 from vdq_export.calib.record import Slot, ValueRecord, denoising_order, not_finite
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array
+from vdq_export.work import store as work_store
 
 TOP = 4  # rows of largest norm kept beside the sampled ones
 MAX_SLOTS = 4096

@@ -11,15 +11,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vdq_export import ort, probe, units, work_store
+from vdq_export import ort
 from vdq_export.calib.observe import step_feeds
 from vdq_export.calib.record import Slot
 from vdq_export.calib.trajectories import Runs
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array, Graph
+from vdq_export.graphs import probe
 from vdq_export.metrics import relative_change
 from vdq_export.model import Model, Trajectory
-from vdq_export.work_store import WorkStore
+from vdq_export.work import store as work_store
+from vdq_export.work import units
+from vdq_export.work.store import WorkStore
 
 TRAJECTORIES = 4  # a fit of five coefficients to 4 × (steps − 1) points
 

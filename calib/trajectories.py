@@ -9,9 +9,9 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from vdq_export import work_store
 from vdq_export.graph import Array
 from vdq_export.model import Model, Trajectory
+from vdq_export.work import store as work_store
 
 
 @runtime_checkable

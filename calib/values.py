@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from msgspec.structs import replace
 
-from vdq_export import ort, units, work_store
+from vdq_export import ort
 from vdq_export.calib.bins import bin_slots
 from vdq_export.calib.constants import plan_constants
 from vdq_export.calib.observe import iter_steps, step_feeds
@@ -27,7 +27,9 @@ from vdq_export.graph import Graph, Node, Value, is_constant
 from vdq_export.model import Model
 from vdq_export.plan import INT_RANGE, Conversion, IntType, QuantPlan, Range, ValuePlan
 from vdq_export.target_spec import TargetSpec
-from vdq_export.work_store import WorkStore
+from vdq_export.work import store as work_store
+from vdq_export.work import units
+from vdq_export.work.store import WorkStore
 
 Progress = Callable[[int, int | None], None]
 # Functions of bounded output -> (lowest, highest) of all grids: runtimes fix these quantizers whatever a graph says.

@@ -24,11 +24,11 @@ from typing import Literal
 
 import numpy as np
 
-from vdq_export import number_grid
 from vdq_export.calib.dynamic import two_level_unit
 from vdq_export.calib.formats import WeightFormat
 from vdq_export.graph import Array, release
 from vdq_export.plan import E4M3_MAX
+from vdq_export.weights import number_grid
 
 Method = Literal["minmax", "mse", "pbq"]
 CHUNK_BYTES = 16 * 2**20

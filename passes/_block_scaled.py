@@ -9,7 +9,7 @@ Legend: K input channels, N output channels, b channels of a block (NVFP4 16, MX
            x -> TRT_MXFP8DequantizeLinear(TRT_MXFP8DynamicQuantize(x))
 
 That is how Model Optimizer 0.47.0 writes them. NVFP4's numbers are stored as float8e4m3fn here, which has them all and
-which onnxruntime can read; vdq_export.trt_functions tells more.
+which onnxruntime can read; vdq_export.handoff.trt_functions tells more.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import numpy as np
 import onnx
 
 from vdq_export.graph import Array, Constant, Graph, Value
-from vdq_export.number_grid import numpy_type
+from vdq_export.handoff.trt_functions import DOMAIN, FP4, MXFP8, MXFP8_DEQUANTIZE, functions
 from vdq_export.plan import MX_BLOCK, NVFP4_BLOCK, Dynamic, WeightPlan
-from vdq_export.trt_functions import DOMAIN, FP4, MXFP8, MXFP8_DEQUANTIZE, functions
+from vdq_export.weights.number_grid import numpy_type
 
 # What integers are made of (a float weight, or the integers themselves), and how.
 Integers: TypeAlias = tuple[Constant | Array, Callable[[Array], Array]]

@@ -8,7 +8,7 @@ import numpy as np
 
 from vdq_export.errors import PlanError
 from vdq_export.graph import Array, Graph, Value
-from vdq_export.number_grid import numpy_type
+from vdq_export.weights.number_grid import numpy_type
 
 _INT32 = 2**31 - 1
 

@@ -18,10 +18,10 @@ from math import isclose
 
 import numpy as np
 
-from vdq_export.attention import fused_name
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Array, Graph, Node, Value
-from vdq_export.match import made_by
+from vdq_export.graphs.attention import fused_name
+from vdq_export.graphs.match import made_by
 from vdq_export.passes import _quantizers
 from vdq_export.plan import AttentionOperand, AttentionPlan
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value, is_constant
-from vdq_export.match import made_by
+from vdq_export.graphs.match import made_by
 
 NAME = "batch_broadcast"
 AFTER = ("fold_constants", "linear", "no_ops", "rank_limit")

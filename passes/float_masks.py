@@ -21,7 +21,7 @@ import onnx
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value, is_constant
-from vdq_export.match import scalar
+from vdq_export.graphs.match import scalar
 
 NAME = "float_masks"
 AFTER = ("mask_bias",)  # which makes the chosen numbers finite

@@ -15,7 +15,7 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph
-from vdq_export.match import integers
+from vdq_export.graphs.match import integers
 
 NAME = "gather_rows"
 AFTER = ("fold_constants",)

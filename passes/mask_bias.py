@@ -20,7 +20,7 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value
-from vdq_export.match import made_by, readers, scalar
+from vdq_export.graphs.match import made_by, readers, scalar
 
 NAME = "mask_bias"
 AFTER = ("fold_constants", "no_ops")

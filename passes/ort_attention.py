@@ -17,10 +17,10 @@ from math import prod
 
 import numpy as np
 
-from vdq_export.attention import fused_name, origin
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value
-from vdq_export.match import sole_reader
+from vdq_export.graphs.attention import fused_name, origin
+from vdq_export.graphs.match import sole_reader
 
 NAME = "ort_attention"
 AFTER = ("linear", "no_ops")

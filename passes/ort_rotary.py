@@ -16,7 +16,7 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Array, Graph, Node, Value
-from vdq_export.match import constant_operand, integers, made_by
+from vdq_export.graphs.match import constant_operand, integers, made_by
 
 NAME = "ort_rotary"
 AFTER = ("rotary", "rotary_pairs")

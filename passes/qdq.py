@@ -25,7 +25,7 @@ import numpy as np
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PlanError
 from vdq_export.graph import Graph, Node, Value
-from vdq_export.match import made_by
+from vdq_export.graphs.match import made_by
 from vdq_export.passes import _quantizers
 from vdq_export.plan import WIDEST, LayerPlan, bounds
 

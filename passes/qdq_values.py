@@ -21,10 +21,10 @@ import numpy as np
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PlanError
 from vdq_export.graph import Array, Graph, Node, Value, is_constant
-from vdq_export.match import made_by
-from vdq_export.number_grid import numpy_type
+from vdq_export.graphs.match import made_by
 from vdq_export.passes import _quantizers
 from vdq_export.plan import INT_RANGE, ConstantPlan, IntType, QuantPlan, Range, ValuePlan
+from vdq_export.weights.number_grid import numpy_type
 
 NAME = "qdq_values"
 AFTER = ("quantize_weights", "qdq")

@@ -28,10 +28,10 @@ import numpy as np
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PlanError
 from vdq_export.graph import Array, Graph, Linear, Value
-from vdq_export.number_grid import numpy_type, quantize
 from vdq_export.passes import _block_scaled
 from vdq_export.passes._block_scaled import Integers
 from vdq_export.plan import LayerPlan, WeightPlan, tensor_name
+from vdq_export.weights.number_grid import numpy_type, quantize
 
 NAME = "quantize_weights"
 AFTER = ("linear",)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, is_constant
-from vdq_export.match import is_root_mean_square, made_by, other_input, sole_reader
+from vdq_export.graphs.match import is_root_mean_square, made_by, other_input, sole_reader
 
 NAME = "rms_norm"
 AFTER = ("fold_constants", "no_ops")

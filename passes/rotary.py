@@ -22,7 +22,7 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Linear, Node, Value, as_linear, is_constant
-from vdq_export.match import constant_operand, integers, is_root_mean_square, made_by, readers, scalar
+from vdq_export.graphs.match import constant_operand, integers, is_root_mean_square, made_by, readers, scalar
 
 NAME = "rotary"
 AFTER = ("fold_constants", "linear", "no_ops", "scatter", "rms_norm")

@@ -18,7 +18,7 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Array, Graph, Node, Value, is_constant
-from vdq_export.match import constant_operand, integers, made_by, readers, reduced_axes
+from vdq_export.graphs.match import constant_operand, integers, made_by, readers, reduced_axes
 
 NAME = "rotary_pairs"
 AFTER = ("fold_constants", "no_ops", "rotary")

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vdq_export.carriers import Reading, carriers
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import PassError, PlanError
 from vdq_export.graph import Array, Graph, Linear, Value
+from vdq_export.graphs.carriers import Reading, carriers
 from vdq_export.hadamard import is_order
 from vdq_export.passes._rotation_edits import turn_columns, turn_rows, turn_value
 from vdq_export.passes._smoothing_edits import apply

@@ -25,7 +25,7 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value, Variable
-from vdq_export.match import integers, made_by, readers
+from vdq_export.graphs.match import integers, made_by, readers
 
 NAME = "scatter"
 AFTER = ("fold_constants", "no_ops")

@@ -17,7 +17,7 @@ import onnx
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value, is_constant
-from vdq_export.match import readers
+from vdq_export.graphs.match import readers
 
 NAME = "single_precision"
 AFTER = ("fold_constants", "no_ops")

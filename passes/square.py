@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph
-from vdq_export.match import scalar
+from vdq_export.graphs.match import scalar
 
 NAME = "square"
 AFTER = ("rms_norm",)  # which knows a mean square by its Pow

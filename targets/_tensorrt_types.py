@@ -17,8 +17,8 @@ import onnx
 
 from vdq_export.errors import PassError
 from vdq_export.graph import Array, Graph, Node, Value, is_constant
-from vdq_export.number_grid import numpy_type
-from vdq_export.trt_functions import DOMAIN, FP4, MXFP8_DEQUANTIZE, functions
+from vdq_export.handoff.trt_functions import DOMAIN, FP4, MXFP8_DEQUANTIZE, functions
+from vdq_export.weights.number_grid import numpy_type
 
 HALF = {"fp16": "float16", "bf16": "bfloat16"}
 LOSS = 0.01  # share of a scale that rounding it may cost

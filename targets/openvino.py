@@ -15,10 +15,10 @@ from pathlib import Path
 import msgspec
 
 from vdq_export.bundle_writer import BundleWriter
+from vdq_export.devices.openvino_runtime import SETTINGS
 from vdq_export.errors import UnknownNameError
 from vdq_export.graph import Graph
 from vdq_export.jsonfile import encode
-from vdq_export.openvino_runtime import SETTINGS
 from vdq_export.plan import IntType, QuantPlan
 from vdq_export.progress import Reporter
 from vdq_export.target_spec import Capability, TargetSpec

@@ -19,7 +19,7 @@ from vdq_export.plan import QuantPlan
 from vdq_export.progress import Reporter
 from vdq_export.target_spec import Capability, TargetSpec
 from vdq_export.targets._tensorrt_types import HALF, four_bits, half
-from vdq_export.weight_store import WeightStore
+from vdq_export.weights.store import WeightStore
 
 NAME = "tensorrt"
 FORMS = ()

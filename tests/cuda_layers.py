@@ -21,7 +21,7 @@ from tests.bin_feeds import bin_feeds
 from vdq_export import ort
 from vdq_export.bundle import Bundle
 from vdq_export.graph import Array, Graph
-from vdq_export.match import made_by
+from vdq_export.graphs.match import made_by
 from vdq_export.model import Step
 from vdq_export.runtime.device import programs_of
 from vdq_export.targets.cuda import fused_ops

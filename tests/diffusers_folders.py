@@ -11,7 +11,7 @@ import diffusers
 import torch
 
 from tests.families import FAMILIES
-from vdq_export.families import of
+from vdq_export.sources.registry import of
 
 SMALL = {"Wan": (5, 64, 64), "CogVideoX": (9, 64, 64), "LTX-Video": (9, 128, 128)}  # family -> frames, height, width
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from vdq_export import families
 from vdq_export.model import Model, Step, Trajectory
+from vdq_export.sources import registry
 from vdq_export.sources.families import FAMILIES as REGISTERED
 from vdq_export.sources.families import Family, Input, Tiny
 
@@ -101,6 +101,6 @@ FAMILIES: Mapping[str, Callable[[], Model]] = {
 }
 OTHERS: Mapping[str, Callable[[], Model]] = {
     title(family, tiny): partial(build, family, tiny)
-    for family in map(families.of, sorted(OTHER_CLASSES))
+    for family in map(registry.of, sorted(OTHER_CLASSES))
     for tiny in family.tiny
 }

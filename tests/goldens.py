@@ -15,8 +15,8 @@ from tests.smoothing_cases import plan_for, with_scale
 from vdq_export import pipeline
 from vdq_export.contract import PassContext
 from vdq_export.graph import Graph
-from vdq_export.graph_view import from_proto
-from vdq_export.normal_form import normal_form
+from vdq_export.graphs.normal_form import normal_form
+from vdq_export.graphs.view import from_proto
 
 
 def quantized_transformer(order: tuple[str, ...]) -> onnx.ModelProto:

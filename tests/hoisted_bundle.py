@@ -20,10 +20,11 @@ from onnx import TensorProto, helper
 from safetensors.numpy import save_file
 
 from tests.graphs import OPSET, WIDTH, Builder
-from vdq_export import hoisting, hoisting_cut
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter, signature_of
 from vdq_export.graph import Graph
+from vdq_export.hoisting import cut as hoisting_cut
+from vdq_export.hoisting import split as hoisting
 from vdq_export.manifest import Manifest, ModelIdentity
 from vdq_export.plan import Bin, Branch
 from vdq_export.policy import CachePolicy, Probe

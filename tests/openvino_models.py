@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from tests.commands import ENVIRONMENT
-from vdq_export import openvino_runtime
+from vdq_export.devices import openvino_runtime
 from vdq_export.graph import Graph
 from vdq_export.metrics import sqnr_db
 
@@ -147,7 +147,8 @@ def run_without_vnni(graphs: Sequence[Path], feeds: Mapping[str, Array], folder:
     """The value "sample" of each graph where OpenVINO may use no instruction beyond AVX2, in a process of its own."""
     np.savez(folder / "feeds.npz", **feeds)
     code = (
-        "import sys; from pathlib import Path; import numpy as np; from vdq_export import openvino_runtime as runtime\n"
+        "import sys; from pathlib import Path; import numpy as np\n"
+        "from vdq_export.devices import openvino_runtime as runtime\n"
         "feeds = dict(np.load(sys.argv[1]))\n"
         "made = [runtime.run(runtime.compile_graph(Path(p)), feeds, 'sample') for p in sys.argv[3:]]\n"
         "np.savez(sys.argv[2], *made)"

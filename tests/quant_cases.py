@@ -13,10 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 from vdq_export import ort, pipeline, targets
 from vdq_export.contract import PassContext
 from vdq_export.graph import Array, Graph
-from vdq_export.number_grid import dequantize
 from vdq_export.plan import INT_RANGE, Bin, Dynamic, LayerPlan, QuantPlan, Range, WeightPlan, tensor_name
 from vdq_export.recipe import Recipe, ScheduleRecipe
 from vdq_export.target_spec import TargetSpec
+from vdq_export.weights.number_grid import dequantize
 
 NAMES = ("first", "second")  # with a bias and without
 OUTPUTS = {"first": "first/Add", "second": "second/MatMul"}

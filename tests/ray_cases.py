@@ -31,8 +31,8 @@ def main(folder: Path) -> None:
     from ray.cluster_utils import Cluster
 
     from vdq_export import export
-    from vdq_export.engine import load
     from vdq_export.trace import trace
+    from vdq_export.work.engine import load
 
     model = tiny_model.build()
     graph = trace(model)

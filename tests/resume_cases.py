@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from tests import tiny_model
-from vdq_export import export, work_store
+from vdq_export import export
 from vdq_export.bundle_writer import BundleWriter
 from vdq_export.calib import group, observe
 from vdq_export.graph import Graph
 from vdq_export.model import Model
 from vdq_export.trace import trace
-from vdq_export.work_store import WorkStore
+from vdq_export.work import store as work_store
+from vdq_export.work.store import WorkStore
 
 SETTINGS: dict[str, Any] = {"tsw": 2, "recipe": "svdquant-gptq", "workers": 1}
 # When SIGKILL comes: the function, at which of its calls, and whether before it or after it has returned.

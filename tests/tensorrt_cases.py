@@ -14,8 +14,8 @@ from tests.quant_cases import NAMES, Case
 from vdq_export.calib import weight_ranges
 from vdq_export.calib.formats import FLOATING, WeightFormat
 from vdq_export.graph import Array, Graph
+from vdq_export.handoff.trt_functions import DOMAIN, FP4, MXFP8, functions
 from vdq_export.plan import Dynamic, Range, WeightPlan
-from vdq_export.trt_functions import DOMAIN, FP4, MXFP8, functions
 
 FORMATS: dict[str, WeightFormat] = {
     "int8": WeightFormat("int8", 8, 127),

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from tests import calib_cases as cases
 from tests.planning import solved
-from vdq_export import attention, hoisting, ort, pipeline
+from vdq_export import ort, pipeline
 from vdq_export import recipe as recipes
 from vdq_export.calib import attention as planning
 from vdq_export.calib.attention import plan_attentions
@@ -24,11 +24,13 @@ from vdq_export.calib.record import CalibrationRecord, Slot
 from vdq_export.contract import PassContext
 from vdq_export.errors import CalibrationError, PlanError, RecipeError
 from vdq_export.graph import Array, Graph
+from vdq_export.graphs import attention
+from vdq_export.hoisting import split as hoisting
 from vdq_export.model import Model
 from vdq_export.plan import AttentionOperand, AttentionPlan, Bin, HeadScales, QuantPlan
 from vdq_export.recipe import AttentionRecipe, Recipe, RotationRecipe
 from vdq_export.targets import reference
-from vdq_export.work_store import WorkStore
+from vdq_export.work.store import WorkStore
 
 SPEC = reference.spec()
 BOTH = AttentionRecipe(scores="int8", values="fp8")

@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 
 from tests import clip_model
 from tests.commands import command
-from vdq_export import back_to_float, ort, targets
+from vdq_export import ort, targets
 from vdq_export import recipe as recipes
-from vdq_export.back_to_float import fixed_recipe, most_calls, smallest
+from vdq_export.bisect import search as back_to_float
+from vdq_export.bisect.float_layers import Place, candidates, put_back
+from vdq_export.bisect.search import fixed_recipe, most_calls, smallest
 from vdq_export.bundle import Bundle
 from vdq_export.commands.bisect import bisect_command
 from vdq_export.compiler import export
 from vdq_export.errors import ModelError, RecipeError
-from vdq_export.float_layers import Place, candidates, put_back
 from vdq_export.graph import Graph
 from vdq_export.model import Model
 from vdq_export.plan import Bin

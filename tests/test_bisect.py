@@ -12,10 +12,10 @@ import pytest
 
 from tests.quantized_blocks import FAULTS, Builder, block, linear
 from vdq_export import ort
-from vdq_export.bisect import bisect
+from vdq_export.devices.first_difference import bisect
 from vdq_export.errors import CompileError, ModelError
 from vdq_export.graph import Array, Graph
-from vdq_export.graph_cut import operators, part, unquantized
+from vdq_export.graphs.cut import operators, part, unquantized
 from vdq_export.metrics import sqnr_db
 from vdq_export.targets.qnn import hexagon
 from vdq_export.targets.qnn.emulate import EmulatorError

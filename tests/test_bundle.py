@@ -24,7 +24,7 @@ from vdq_export.errors import BundleError, VdqError
 from vdq_export.plan import QuantPlan
 from vdq_export.recipe import Recipe
 from vdq_export.report.data import JudgeScores, KernelCount, LayerQuality, VerifyReport
-from vdq_export.weight_store import PAGE, WeightStore
+from vdq_export.weights.store import PAGE, WeightStore
 
 WEIGHTS = "graphs/weights/weights.bin"
 REPORT = VerifyReport(
@@ -128,7 +128,7 @@ def test_large_tensors_start_on_a_page(tmp_path: Path) -> None:
 
 
 def test_mapped_and_transposed_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vdq_export.weight_store.CHUNK_BYTES", 1000)  # several pieces, the last one short
+    monkeypatch.setattr("vdq_export.weights.store.CHUNK_BYTES", 1000)  # several pieces, the last one short
     (tmp_path / "source").write_bytes(WEIGHT.tobytes())
     mapped = np.memmap(tmp_path / "source", np.float32, "r", shape=(64, 64)).T
     store = WeightStore(tmp_path / "w.bin", "w.bin")

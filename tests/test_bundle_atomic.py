@@ -16,7 +16,7 @@ from vdq_export import bundle_writer
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter
 from vdq_export.errors import BundleError
-from vdq_export.weight_store import WeightStore
+from vdq_export.weights.store import WeightStore
 
 WEIGHTS = "graphs/weights/weights.bin"
 

@@ -25,7 +25,7 @@ from vdq_export.contract import PassContext
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Graph
 from vdq_export.model import Model, Step
-from vdq_export.work_store import WorkStore
+from vdq_export.work.store import WorkStore
 
 BUDGET = 20_000
 

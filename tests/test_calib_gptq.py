@@ -14,8 +14,8 @@ from vdq_export.calib.formats import WeightFormat
 from vdq_export.calib.gptq import _CORNER, Factor, Rounded, _triangle, factorise, gptq
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array
-from vdq_export.number_grid import dequantize
 from vdq_export.recipe import GptqRecipe
+from vdq_export.weights.number_grid import dequantize
 
 INT4 = WeightFormat("int4", 4, 7)
 INT4_32 = WeightFormat("int4", 4, 7, 32)

@@ -23,13 +23,13 @@ from vdq_export.calib.group import GroupResult, GroupTask, LayerWeights, solve_g
 from vdq_export.calib.low_rank import split
 from vdq_export.calib.ranges import Grid, affine
 from vdq_export.calib.workers import in_order
-from vdq_export.engine import Local
 from vdq_export.errors import CalibrationError
 from vdq_export.graph import Array
-from vdq_export.number_grid import dequantize
 from vdq_export.plan import Dynamic, Range
 from vdq_export.recipe import ActivationRecipe, GptqRecipe, Recipe, WeightRecipe
-from vdq_export.work_store import WorkStore
+from vdq_export.weights.number_grid import dequantize
+from vdq_export.work.engine import Local
+from vdq_export.work.store import WorkStore
 
 INT4_32 = WeightFormat("int4", 4, 7, 32)
 INT4 = WeightFormat("int4", 4, 7)

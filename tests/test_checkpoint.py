@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vdq_export import checkpoint as checkpoints
-from vdq_export.checkpoint import Checkpoint
 from vdq_export.errors import ModelError
 from vdq_export.model import Model
 from vdq_export.sources import _weights
+from vdq_export.weights import checkpoint as checkpoints
+from vdq_export.weights.checkpoint import Checkpoint
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).reshape(2, 3),
@@ -131,7 +131,7 @@ def test_a_shared_parameter_is_stored_once_under_any_of_its_names(name: str, tmp
 
 
 def test_a_model_that_does_not_fit_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vdq_export import on_demand
+    from vdq_export.weights import on_demand
 
     file = tmp_path / "w.safetensors"
     save_file({"weight": torch.ones(3, 3)}, file)

@@ -17,7 +17,7 @@ from tests.triton_process import TritonProcess
 from vdq_export.targets.cuda import aot
 from vdq_export.targets.cuda.aot_launch import PACKAGE, AotError, Launch, preload, record
 from vdq_export.targets.cuda.kernels._config import ConfigError
-from vdq_export.work_store import WorkStore
+from vdq_export.work.store import WorkStore
 
 Step = Callable[[str, Path], Any]
 

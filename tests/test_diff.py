@@ -15,11 +15,11 @@ from click.testing import CliRunner
 from onnx import helper
 
 from tests.graphs import Builder, get_param, insert, node, quantized_linear, renamed, set_param, transformer
-from vdq_export import graph_view
 from vdq_export.commands.diff import diff_command
-from vdq_export.diff import Change, Difference, diff, diff_views
-from vdq_export.diff_render import render
+from vdq_export.diff.compare import Change, Difference, diff, diff_views
+from vdq_export.diff.text import render
 from vdq_export.errors import VdqError
+from vdq_export.graphs import view as graph_view
 
 
 def scrambled(name: str) -> str:

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 from tests import tiny_bundle
 from tests.commands import assert_one_line, command
 from tests.qdq_graphs import small_qdq
-from vdq_export import encodings, float_graph, ort
+from vdq_export import ort
 from vdq_export.bundle_writer import BundleWriter, signature_of
-from vdq_export.encodings import VERSIONS, Encoding, Version
 from vdq_export.errors import BundleError
 from vdq_export.graph import Graph
+from vdq_export.handoff import encodings, float_graph
+from vdq_export.handoff.encodings import VERSIONS, Encoding, Version
 from vdq_export.manifest import Manifest, ModelIdentity
 from vdq_export.schedule import Schedule
 

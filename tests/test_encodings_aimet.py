@@ -17,9 +17,9 @@ import pytest
 
 from tests.commands import ROOT
 from tests.qdq_graphs import small_qdq
-from vdq_export import encodings, float_graph
-from vdq_export.encodings import VERSIONS
 from vdq_export.graph import Graph
+from vdq_export.handoff import encodings, float_graph
+from vdq_export.handoff.encodings import VERSIONS
 
 PYTHON = ROOT / ".venv-aimet" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 pytestmark = pytest.mark.skipif(not PYTHON.is_file(), reason="no .venv-aimet: `make aimet` builds it")

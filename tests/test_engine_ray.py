@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from tests.commands import ENVIRONMENT, ROOT, assert_one_line, command
-from vdq_export.engine import EngineError, load
-from vdq_export.errors import MissingToolError
+from vdq_export.errors import EngineError, MissingToolError
+from vdq_export.work.engine import load
 
 # Ray finds its own address without these, and tells its makers nothing.
 ALONE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_ENABLE_AUTO_CONNECT": "0"}

@@ -14,13 +14,13 @@ from click.testing import CliRunner
 
 from tests.families import FAMILIES as TINY
 from tests.families import network, tiny_of
-from vdq_export import families
 from vdq_export.cli import cli
-from vdq_export.families import Family, Published
 from vdq_export.model import first_tensor
 from vdq_export.sources import families as registered
+from vdq_export.sources import registry
+from vdq_export.sources.registry import Family, Published
 
-PUBLISHED = [(family, one) for family in families.FAMILIES for one in family.published]
+PUBLISHED = [(family, one) for family in registry.FAMILIES for one in family.published]
 
 
 def without_data(family: Family, settings: dict[str, Any]) -> torch.nn.Module:
@@ -51,7 +51,7 @@ def test_every_family_is_called_as_its_network_wants(name: str) -> None:
     if family.prepare is not None:
         family.prepare(made)
     size = family.size(tiny.video, tiny.tokens)
-    inputs, fixed = families.example_inputs(family, made.config, (size.t, size.h, size.w), tiny.tokens)
+    inputs, fixed = registry.example_inputs(family, made.config, (size.t, size.h, size.w), tiny.tokens)
     with torch.no_grad():
         output = first_tensor(made(**inputs, **fixed))
     assert torch.isfinite(output).all()
@@ -77,7 +77,7 @@ def test_prepared_networks_predict_what_diffusers_does(name: str) -> None:
     config: Any = theirs.config
     size = family.size(tiny.video, tiny.tokens)
     for kept in (8, 5, 1):
-        inputs, fixed = families.example_inputs(family, config, (size.t, size.h, size.w), tiny.tokens)
+        inputs, fixed = registry.example_inputs(family, config, (size.t, size.h, size.w), tiny.tokens)
         for mask in (tensor for key, tensor in inputs.items() if "mask" in key):
             mask[:, kept:] = 0
         repeated = {argument: inputs[other] for argument, other in family.repeats.items()}
@@ -92,19 +92,19 @@ def test_a_family_is_one_file() -> None:
     """Found by listing, each with what a newcomer must say; no class twice."""
     folder = Path(registered.__path__[0])
     files = [path for path in folder.glob("*.py") if not path.name.startswith("_")]
-    assert len(files) == len(families.FAMILIES) == len({one.class_name for one in families.FAMILIES})
-    assert [one.name for one in families.FAMILIES if not one.tiny or not (one.pipelines or one.network)] == []
+    assert len(files) == len(registry.FAMILIES) == len({one.class_name for one in registry.FAMILIES})
+    assert [one.name for one in registry.FAMILIES if not one.tiny or not (one.pipelines or one.network)] == []
 
 
 def test_a_class_without_a_file_goes_by_its_signature() -> None:
-    chrono_edit = families.of("ChronoEditTransformer3DModel")
+    chrono_edit = registry.of("ChronoEditTransformer3DModel")
     size = chrono_edit.size((5, 64, 64), 8)
     assert chrono_edit.inputs({"text_dim": 32}, size) == registered.text({"text_dim": 32}, size)
-    assert families.of("WanTransformer3DModel") is families.find("WanTransformer3DModel")
+    assert registry.of("WanTransformer3DModel") is registry.find("WanTransformer3DModel")
 
 
 def test_latent_size() -> None:
-    wan = families.find("WanTransformer3DModel")
+    wan = registry.find("WanTransformer3DModel")
     assert wan is not None
     assert wan.latent_size(*wan.video) == (21, 60, 104)
 
@@ -113,11 +113,11 @@ def test_the_matrix_has_every_class_of_the_release_once() -> None:
     result = CliRunner().invoke(cli, ["families", "--json"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
-    ours = {one.class_name for one in families.FAMILIES if one.network is not None}
+    ours = {one.class_name for one in registry.FAMILIES if one.network is not None}
     listed = [row["class_name"] for row in rows if row["class_name"] not in ours]
     assert ours == {"STDiT"} == {row["class_name"] for row in rows} - set(listed)
     source = "".join(p.read_text(encoding="utf-8") for p in Path(transformers.__path__[0]).glob("*.py"))
-    assert sorted(listed) == sorted(name for name in families.classes() if f"class {name}(" in source)
+    assert sorted(listed) == sorted(name for name in registry.classes() if f"class {name}(" in source)
     assert len(listed) == source.count("Transformer3DModel(\n") + source.count("Transformer3DModel(ModelMixin")
     assert len({row["name"] for row in rows}) == len(rows)
     by_class = {row["class_name"]: row for row in rows}

@@ -12,8 +12,8 @@ from torch.nn.functional import interpolate
 
 from tests.families import network, tiny_of
 from tests.pipelines import sensible
-from vdq_export import families
 from vdq_export.model import first_tensor
+from vdq_export.sources import registry
 
 
 def test_no_pixel_is_padding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +26,7 @@ def test_no_pixel_is_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     padded = type(tiny)({**tiny.settings, "concat_padding_mask": True}, tiny.video)
     one, other = (sensible(network(family, padded)) for _ in range(2))
     config: Any = one.config
-    inputs, fixed = families.example_inputs(family, config, (2, 8, 8), 8)
+    inputs, fixed = registry.example_inputs(family, config, (2, 8, 8), 8)
     assert family.prepare is not None
     family.prepare(other)
     with torch.no_grad():

@@ -10,8 +10,9 @@ import pytest
 from tests import pipeline_cases, pipeline_cases_joint, test_family_generic, test_pipelines
 from tests.families import FAMILIES, OTHERS, tiny_of
 from tests.pipelines import sensible
-from vdq_export import export, families, load
+from vdq_export import export, load
 from vdq_export.metrics import sqnr_db
+from vdq_export.sources import registry
 from vdq_export.verify import count_kernels
 
 IN_PIPELINES = {pipeline_cases.CASES[name].tiny for name in test_pipelines.SHOWN}
@@ -36,6 +37,6 @@ def test_a_network_without_a_pipeline_exports_in_eight_bits(name: str, tmp_path:
 
 def test_every_family_said_to_be_exported_is() -> None:
     exported = {tiny_of(name)[0].class_name for name in IN_PIPELINES | {*ALONE}}
-    exported |= {class_name for class_name in families.classes() if families.of(class_name).name in OTHERS}
+    exported |= {class_name for class_name in registry.classes() if registry.of(class_name).name in OTHERS}
     assert test_family_generic.OTHERS is OTHERS
-    assert {one.class_name for one in families.support() if one.tried} == exported
+    assert {one.class_name for one in registry.support() if one.tried} == exported

@@ -17,10 +17,11 @@ import torch
 
 from tests.families import OTHER_CLASSES, OTHERS, build, network
 from tests.pipelines import sensible
-from vdq_export import export, families, load, sources
+from vdq_export import export, load, sources
 from vdq_export.errors import ModelError
 from vdq_export.metrics import sqnr_db
 from vdq_export.model import Model, first_tensor
+from vdq_export.sources import registry
 from vdq_export.sources.families import _generic
 from vdq_export.verify import count_kernels
 
@@ -55,8 +56,8 @@ def test_every_class_exports_in_eight_bits(name: str, tmp_path: Path) -> None:
 
 def test_every_class_of_the_release_is_listed_with_what_is_known() -> None:
     """Nothing is left as untried: a file, a tiny configuration by signature, or a reason."""
-    rows = {one.class_name: one for one in families.support()}
-    assert set(families.classes()) <= set(rows)
+    rows = {one.class_name: one for one in registry.support()}
+    assert set(registry.classes()) <= set(rows)
     assert [name for name, row in rows.items() if not row.tried and row.support != "unsupported"] == []
     assert {name for name, row in rows.items() if row.support == "unsupported"} == set(_generic.REFUSED)
     assert {name for name, row in rows.items() if row.support == "generic"} == set(_generic.TRIED)
@@ -65,7 +66,7 @@ def test_every_class_of_the_release_is_listed_with_what_is_known() -> None:
 
 def test_reasons_hold() -> None:
     """What is said of a refused class is so: its forward has the arguments that the reason names."""
-    found = families.classes()
+    found = registry.classes()
     assert set(_generic.REFUSED) <= set(found)
     for name, reason in _generic.REFUSED.items():
         if "kv_cache" in reason:
@@ -77,10 +78,10 @@ def test_reasons_hold() -> None:
 
 @pytest.mark.parametrize("name", sorted(_generic.TRIED))
 def test_what_the_signature_says_is_all_that_is_asked_for(name: str) -> None:
-    family = families.generic(name)
+    family = registry.generic(name)
     (tiny,) = family.tiny
     config = {**_defaults(name), **tiny.settings}
-    taken = inspect.signature(families.classes()[name].forward).parameters
+    taken = inspect.signature(registry.classes()[name].forward).parameters
     given = {"hidden_states", "timestep", *family.inputs(config, family.size(tiny.video, tiny.tokens))}
     assert given <= set(taken)
     assert {p.name for p in list(taken.values())[1:] if p.default is p.empty} <= given
@@ -91,10 +92,10 @@ def test_what_the_signature_says_is_all_that_is_asked_for(name: str) -> None:
 )
 def test_the_signature_says_what_a_file_says(name: str) -> None:
     """Of classes that need no more, the generic rules find the inputs that were written down."""
-    family = families.of(name)
+    family = registry.of(name)
     tiny = family.tiny[0]
     config, size = {**_defaults(name), **tiny.settings}, family.size(tiny.video, tiny.tokens)
-    assert families.generic(name).inputs(config, size) == family.inputs(config, size)
+    assert registry.generic(name).inputs(config, size) == family.inputs(config, size)
 
 
 @pytest.mark.parametrize("name", MASKED)
@@ -106,15 +107,15 @@ def test_masks_are_inputs_and_matter(name: str) -> None:
 
 
 def test_other_classes_are_all_there_are() -> None:
-    files = {one.class_name for one in families.FAMILIES}
-    assert set(families.classes()) == (files & set(families.classes())) | set(_generic.TRIED) | set(_generic.REFUSED)
+    files = {one.class_name for one in registry.FAMILIES}
+    assert set(registry.classes()) == (files & set(registry.classes())) | set(_generic.TRIED) | set(_generic.REFUSED)
     assert set(_generic.TRIED) <= OTHER_CLASSES
 
 
 @pytest.mark.parametrize("class_name", sorted(OTHER_CLASSES))
 def test_pipeline_folders_of_every_class_are_read(class_name: str, tmp_path: Path) -> None:
     """Two steps from noise, both branches; what only a pipeline knows must be recorded there."""
-    family = families.of(class_name)
+    family = registry.of(class_name)
     tiny = family.tiny[0]
     network(family, tiny).save_pretrained(tmp_path / "transformer")
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
@@ -147,5 +148,5 @@ def test_the_documented_family_is_complete() -> None:
 
 
 def _defaults(name: str) -> dict[str, object]:
-    parameters = inspect.signature(families.classes()[name]).parameters.values()
+    parameters = inspect.signature(registry.classes()[name]).parameters.values()
     return {one.name: one.default for one in parameters if one.default is not one.empty}

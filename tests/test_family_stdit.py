@@ -13,10 +13,11 @@ from diffusers import DDPMScheduler
 
 from tests.families import FAMILIES, tiny_of
 from tests.pipelines import sensible
-from vdq_export import export, families, load, sources
+from vdq_export import export, load, sources
 from vdq_export.errors import ModelError
 from vdq_export.metrics import sqnr_db
 from vdq_export.model import Step, first_tensor
+from vdq_export.sources import registry
 from vdq_export.sources._stdit import STDiT, sinusoids, spatial_positions
 from vdq_export.verify import count_kernels
 
@@ -233,5 +234,5 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
 
 
 def test_it_is_listed() -> None:
-    row = next(one for one in families.support() if one.class_name == "STDiT")
+    row = next(one for one in registry.support() if one.class_name == "STDiT")
     assert (row.support, row.tried) == ("registered", True)

@@ -10,8 +10,8 @@ import pytest
 
 from tests.goldens import FOLDER, GOLDENS, current
 from tests.graphs import quantized_linear, transformer
-from vdq_export.graph_view import from_proto
-from vdq_export.normal_form import normal_form
+from vdq_export.graphs.normal_form import normal_form
+from vdq_export.graphs.view import from_proto
 
 
 @pytest.mark.parametrize("name", GOLDENS)

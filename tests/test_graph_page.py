@@ -18,13 +18,15 @@ from tests.commands import command
 from tests.graphs import get_param, insert, node, quantized_linear, set_param, transformer
 from tests.host_cases import CHROMIUM, HOST, needs_chromium
 from tests.host_cases import node as run_node
-from vdq_export import graph_draw, graph_part, graph_view
 from vdq_export.commands.diff import diff_command
 from vdq_export.commands.inspect import dumped, inspect_command
-from vdq_export.diff import compare
+from vdq_export.diff.compare import compare
+from vdq_export.drawing import graph as graph_draw
+from vdq_export.drawing.graph import Picture
+from vdq_export.drawing.layout import GAP, layered
 from vdq_export.errors import UnknownNameError, VdqError
-from vdq_export.graph_draw import Picture
-from vdq_export.graph_layout import GAP, layered
+from vdq_export.graphs import part as graph_part
+from vdq_export.graphs import view as graph_view
 from vdq_export.report import graph_page
 
 

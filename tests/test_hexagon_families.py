@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.handoff_families import measure
 from tests.families import FAMILIES
-from vdq_export.qnn_provider import available
+from vdq_export.devices.qnn_provider import available
 
 pytestmark = pytest.mark.skipif(not available(), reason="onnxruntime-qnn is not installed")
 APART_DB = 1.0  # between emulator and exact evaluation, each against the float model

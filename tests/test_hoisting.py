@@ -20,16 +20,18 @@ from onnx import helper
 
 from tests import graphs, tiny_model
 from tests.families import FAMILIES
-from vdq_export import hoisting, hoisting_cut, ort, pipeline
+from vdq_export import ort, pipeline
 from vdq_export.calib.constant_inputs import Constancy
 from vdq_export.contract import PassContext
 from vdq_export.errors import PassError
 from vdq_export.graph import Array, Graph, Node
-from vdq_export.hoisting import Feeds, Hoisted, Role, split
+from vdq_export.hoisting import cut as hoisting_cut
+from vdq_export.hoisting import split as hoisting
+from vdq_export.hoisting.split import Feeds, Hoisted, Role, split
 from vdq_export.model import Model
 from vdq_export.samples import digits
 from vdq_export.trace import trace
-from vdq_export.trace_weightless import trace_weightless
+from vdq_export.tracing.weightless import trace_weightless
 
 ROLES: Mapping[str, Role] = {"x": "latents", "t": "timestep", "p": "prompt", "q": "prompt"}
 TIMES = (900.0, 350.0, 20.0)
@@ -315,9 +317,10 @@ def test_a_wrong_weight_in_a_part_is_seen(traced: Graph, tiny: Model) -> None:
 def test_bytes_do_not_depend_on_the_order_of_hashes(traced: Graph, tmp_path: Path) -> None:
     traced.save(tmp_path / "traced.onnx")
     code = (
-        "import sys; from pathlib import Path; from vdq_export.graph import Graph; from vdq_export import hoisting\n"
+        "import sys; from pathlib import Path; from vdq_export.graph import Graph\n"
+        "from vdq_export.hoisting.split import split\n"
         "roles = {'hidden_states': 'latents', 'timestep': 'timestep', 'encoder_hidden_states': 'prompt'}\n"
-        "made = hoisting.split(Graph.load(Path(sys.argv[1])), roles)\n"
+        "made = split(Graph.load(Path(sys.argv[1])), roles)\n"
         "print(*(one.hash() for one in made.parts().values()))"
     )
     told = {

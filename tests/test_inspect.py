@@ -13,9 +13,9 @@ from tests import tiny_bundle
 from tests.graphs import quantized_linear, transformer
 from vdq_export.commands.diff import diff_command
 from vdq_export.commands.inspect import inspect_command
-from vdq_export.diff import diff
+from vdq_export.diff.compare import diff
 from vdq_export.errors import VdqError
-from vdq_export.graph_view import from_proto
+from vdq_export.graphs.view import from_proto
 from vdq_export.inspect import ScaleSpread, scale_spread, summarize, summarize_view
 
 

@@ -18,8 +18,8 @@ from tests import diffusers_folders as folders
 from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
 from vdq_export.errors import ModelError, RecipeError
-from vdq_export.learned import is_learned
 from vdq_export.sources import resolve
+from vdq_export.weights.learned import is_learned
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -19,6 +19,7 @@ from tests.qdq_models import Builder
 from vdq_export.errors import UnknownNameError, VdqError
 from vdq_export.graph import Graph
 from vdq_export.lint import LintReport, checks, lint_bundle, lint_graphs, profiles, signature, table
+from vdq_export.lint.sarif import to_sarif
 from vdq_export.lint.view import View
 
 TABLE = """
@@ -240,7 +241,7 @@ def test_sarif() -> None:
     """The parts of SARIF 2.1.0 that readers rely on: rules by index, levels, places, one result a finding."""
     bad = graph(product("uint16", "uint16"))
     report = lint_graphs({"graphs/a.onnx": bad, "graphs/b.onnx": bad.copy(), "graphs/c.onnx": graph(RELU())}, "qnn-v75")
-    log = json.loads(report.to_sarif())
+    log = json.loads(to_sarif(report))
     assert log["version"] == "2.1.0" and log["$schema"].endswith("sarif-schema-2.1.0.json")
     (run,) = log["runs"]
     rules = run["tool"]["driver"]["rules"]
@@ -259,7 +260,7 @@ def test_sarif() -> None:
 def test_sarif_of_a_finding_about_the_whole_graph_has_no_node() -> None:
     b = Builder()
     made = (b.model(b.op("Relu", [b.weight(b.random(4, 4), "uint16")])), {})
-    (result,) = json.loads(lint(made).to_sarif())["runs"][0]["results"]
+    (result,) = json.loads(to_sarif(lint(made)))["runs"][0]["results"]
     assert result["ruleId"] == "qnn/no-inputs" and "logicalLocations" not in result["locations"][0]
 
 

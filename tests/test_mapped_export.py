@@ -22,10 +22,10 @@ from vdq_export.compiler import export
 from vdq_export.contract import PassContext
 from vdq_export.graph import Graph
 from vdq_export.model import Model
-from vdq_export.promise import Arrays, Promise, ahead, read
 from vdq_export.sources import resolve
 from vdq_export.trace import trace
-from vdq_export.weight_store import WeightStore
+from vdq_export.weights.promise import Arrays, Promise, ahead, read
+from vdq_export.weights.store import WeightStore
 
 
 def loaded(model: Model) -> Model:

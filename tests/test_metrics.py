@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageSequence
 
 from vdq_export import metrics
-from vdq_export.render import side_by_side
+from vdq_export.drawing.clips import side_by_side
 
 RNG = np.random.default_rng(3)
 CLIP = RNG.random((1, 4, 16, 20))

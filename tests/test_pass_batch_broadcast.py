@@ -8,9 +8,9 @@ import pytest
 from tests.hexagon_cases import Decibels, decibels, graph, noise, with_form
 from vdq_export import ort
 from vdq_export.contract import PassContext
+from vdq_export.devices.qnn_provider import available
 from vdq_export.graph import Graph
 from vdq_export.passes import batch_broadcast
-from vdq_export.qnn_provider import available
 
 B, S, C = 4, 16, 48
 GAIN = 1 + 0.1 * noise(C, seed=9)

@@ -13,10 +13,10 @@ from tests.graphs import OPSET
 from tests.hexagon_cases import NodeSpec, decibels, noise, with_form
 from vdq_export import ort
 from vdq_export.contract import PassContext
+from vdq_export.devices.qnn_provider import available
 from vdq_export.errors import CompileError
 from vdq_export.graph import Array, Graph
 from vdq_export.passes import float_masks
-from vdq_export.qnn_provider import available
 
 TOKENS, TEXT = 12, 8
 BOOL, INT64, FLOAT = TensorProto.BOOL, TensorProto.INT64, TensorProto.FLOAT

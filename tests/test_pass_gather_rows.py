@@ -8,9 +8,9 @@ import pytest
 from tests.hexagon_cases import decibels, graph, noise, with_form
 from vdq_export import ort
 from vdq_export.contract import PassContext
+from vdq_export.devices.qnn_provider import available
 from vdq_export.graph import Graph
 from vdq_export.passes import gather_rows
-from vdq_export.qnn_provider import available
 
 SHAPE = (8, 1, 2, 16)
 FEEDS = {"x": noise(*SHAPE)}

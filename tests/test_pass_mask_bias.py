@@ -8,9 +8,9 @@ import pytest
 from tests.hexagon_cases import decibels, graph, noise, with_form
 from vdq_export import ort
 from vdq_export.contract import PassContext
+from vdq_export.devices.qnn_provider import available
 from vdq_export.graph import Array, Graph
 from vdq_export.passes import mask_bias
-from vdq_export.qnn_provider import available
 
 HEADS, QUERIES, KEYS = 2, 16, 24
 SCORES = (1, HEADS, QUERIES, KEYS)

@@ -10,10 +10,10 @@ import pytest
 from tests.hexagon_cases import decibels, graph, noise, with_form
 from vdq_export import ort
 from vdq_export.contract import PassContext
+from vdq_export.devices.qnn_provider import available
 from vdq_export.errors import CompileError
 from vdq_export.graph import Graph
 from vdq_export.passes import scatter
-from vdq_export.qnn_provider import available
 
 BATCH, HEADS, TOKENS, WIDTH = 1, 2, 12, 8
 TURN = [2, 1, 0, 3]

@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import tiny_model
-from vdq_export import ort, pipeline, probe
+from vdq_export import ort, pipeline
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter, signature_of
 from vdq_export.calib.step_reuse import Learnt, changes, fit, learn
 from vdq_export.contract import PassContext
 from vdq_export.errors import CalibrationError, PassError
 from vdq_export.graph import Array, Graph
+from vdq_export.graphs import probe
 from vdq_export.manifest import Manifest, ModelIdentity
 from vdq_export.metrics import relative_change
 from vdq_export.model import Model
@@ -27,7 +28,7 @@ from vdq_export.plan import Bin
 from vdq_export.policy import CachePolicy, Probe
 from vdq_export.runtime import load
 from vdq_export.schedule import Schedule
-from vdq_export.trace import OUTPUT
+from vdq_export.tracing.exporter import OUTPUT
 
 WEIGHTS = "graphs/weights/weights.bin"
 MODULATED = "blocks.0.attn1.to_q"

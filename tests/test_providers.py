@@ -14,9 +14,10 @@ from tests import tiny_bundle
 from tests.commands import assert_one_line, command
 from tests.qdq_graphs import small_qdq
 from tests.quantized_blocks import block
-from vdq_export import load, qnn_provider
+from vdq_export import load
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter, signature_of
+from vdq_export.devices import qnn_provider
 from vdq_export.errors import BundleError, MissingToolError, UnknownNameError
 from vdq_export.manifest import FileEntry, Manifest, ModelIdentity
 from vdq_export.metrics import sqnr_db

@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 
-from vdq_export import families
+from vdq_export.sources import registry
 
 # name: (family, parameters in billions, linears). The network of each configuration is counted in test_families.
 FACTS = {
@@ -27,7 +27,7 @@ DEFAULTS = {
     "Cosmos": ((121, 704, 1280), 512, 36, 7.0),
     "SkyReelsV2": ((97, 544, 960), 512, 50, 6.0),
 }
-FAMILIES = {family.name: family for family in families.FAMILIES}
+FAMILIES = {family.name: family for family in registry.FAMILIES}
 
 
 @pytest.mark.parametrize("name", FACTS)

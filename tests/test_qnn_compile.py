@@ -14,9 +14,10 @@ from onnx import ModelProto, TensorProto, helper
 
 from tests import qnn_cases, tiny_bundle
 from tests.commands import assert_one_line, command, finish, start
-from vdq_export import ort, qnn_provider
+from vdq_export import ort
 from vdq_export.bundle import Bundle
 from vdq_export.commands.compile import compile_command
+from vdq_export.devices import qnn_provider
 from vdq_export.errors import BundleError, CompileError, OffDeviceError, UnknownNameError
 from vdq_export.graph import Graph
 from vdq_export.inspect import bundle_graphs

@@ -18,13 +18,13 @@ from vdq_export.bundle_writer import BundleWriter
 from vdq_export.calib.record import CalibrationRecord, Slot, ValueRecord
 from vdq_export.contract import PassReport
 from vdq_export.errors import BundleError
-from vdq_export.growth import Growth, mean
 from vdq_export.manifest import PAGE
 from vdq_export.model import Step
 from vdq_export.plan import Bin, LayerPlan, QuantPlan, Range, Rotation, Smoothing, WeightPlan
 from vdq_export.report import costs, ranges, sprites
 from vdq_export.report.content import ClipPair, gather
 from vdq_export.report.data import StepError
+from vdq_export.report.growth import Growth, mean
 from vdq_export.report.page import render
 from vdq_export.report.passes import PassesReport
 from vdq_export.report.ranges import RangesReport

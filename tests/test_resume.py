@@ -25,12 +25,13 @@ from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.statistics import Seen
 from vdq_export.calib.trajectories import Keyed, Runs, digest
 from vdq_export.contract import PassContext
-from vdq_export.engine import EngineError, Local, load
+from vdq_export.errors import EngineError
 from vdq_export.model import Trajectory
 from vdq_export.recorded import Recorded, save
 from vdq_export.samples import digits
-from vdq_export.work import at_work
-from vdq_export.work_store import WorkStore
+from vdq_export.work.engine import Local, load
+from vdq_export.work.place import at_work
+from vdq_export.work.store import WorkStore
 
 TRAJECTORIES = [cases.steps(seed=s) for s in range(3)]
 CALLS = 12  # of each

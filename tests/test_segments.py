@@ -12,13 +12,14 @@ import torch
 
 from tests import calib_cases as cases
 from tests import tiny_model
-from vdq_export import ort, pipeline, segments
+from vdq_export import ort, pipeline
 from vdq_export.contract import PassContext
 from vdq_export.errors import CalibrationError, ModelError, PassError
 from vdq_export.graph import Graph, bind, is_promise
+from vdq_export.graphs import segments
+from vdq_export.graphs.segments import Running, Segment, SegmentedNetwork, extract, feed, split
 from vdq_export.model import Model
-from vdq_export.segments import Running, Segment, SegmentedNetwork, extract, feed, split
-from vdq_export.trace_weightless import trace_weightless
+from vdq_export.tracing.weightless import trace_weightless
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ from vdq_export.contract import PassContext
 from vdq_export.errors import ModelError
 from vdq_export.model import Model
 from vdq_export.sources import resolve
-from vdq_export.trace import OUTPUT, trace
+from vdq_export.trace import trace
+from vdq_export.tracing.exporter import OUTPUT
 
 FORMS: dict[str, dict[str, Any]] = {
     "TorchScript, opset 18": {},

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from tests import diffusers_folders as folders
 from tests import text_encoders
 from tests.commands import command
-from vdq_export import on_demand, recorded
+from vdq_export import recorded
 from vdq_export.errors import ModelError
 from vdq_export.recorded import Recorded
 from vdq_export.recording import EMBEDDINGS, record
 from vdq_export.sources import _remote_code, resolve
+from vdq_export.weights import on_demand
 
 PROMPTS = ("a cat walks", "rain, at night")
 SIZES = {"frames": 5, "height": 64, "width": 64, "steps": 2}

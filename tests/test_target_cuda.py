@@ -21,6 +21,7 @@ from tests.commands import assert_one_line, command
 from vdq_export import ort
 from vdq_export.bundle import Bundle
 from vdq_export.compiler import export
+from vdq_export.devices.verify_gpu import verify_gpu
 from vdq_export.errors import BundleError, MissingToolError, RecipeError, UnknownNameError
 from vdq_export.graph import Graph
 from vdq_export.metrics import sqnr_db
@@ -32,7 +33,6 @@ from vdq_export.targets import cuda
 from vdq_export.targets.cuda.ops import DOMAIN
 from vdq_export.targets.cuda.programs import Programs
 from vdq_export.verify import count_kernels
-from vdq_export.verify_gpu import verify_gpu
 
 # Where no code flips, program and onnxruntime agree to 1e-6; one flipped code of this small network is 2e-3 of a layer.
 AGREE_DB = 40.0

@@ -18,9 +18,11 @@ from msgspec.structs import replace
 from tests import hoisted_bundle, tiny_model
 from tests.bin_feeds import bin_feeds
 from tests.openvino_models import CASES, Case, case_input, double_weights, expected, run_without_vnni, sqnr_of
-from vdq_export import openvino_runtime, ort, targets
+from vdq_export import ort, targets
 from vdq_export.bundle import Bundle
 from vdq_export.compiler import export
+from vdq_export.devices import openvino_runtime
+from vdq_export.devices.verify_openvino import MAX_DROP_DB, compare
 from vdq_export.errors import CompileError, MissingToolError, RecipeError, UnknownNameError
 from vdq_export.graph import Graph
 from vdq_export.lint import lint_graphs
@@ -30,7 +32,6 @@ from vdq_export.recipe import load as load_recipe
 from vdq_export.runtime import load
 from vdq_export.samples import digits
 from vdq_export.verify import count_kernels
-from vdq_export.verify_openvino import MAX_DROP_DB, compare
 
 openvino = pytest.importorskip("openvino")
 TARGET = targets.load("openvino")

@@ -11,14 +11,15 @@ import onnx
 import pytest
 from msgspec.structs import replace
 
-from vdq_export import export, hoisting, ort, pipeline, recipe, targets
+from vdq_export import export, ort, pipeline, recipe, targets
 from vdq_export.contract import PassContext
 from vdq_export.errors import PlanError, UnknownNameError
 from vdq_export.graph import Graph
+from vdq_export.hoisting import split as hoisting
 from vdq_export.metrics import sqnr_db
 from vdq_export.model import Model
-from vdq_export.number_grid import quantize
 from vdq_export.plan import INT_RANGE, Bin, LayerPlan, QuantPlan, Range, WeightPlan
+from vdq_export.weights.number_grid import quantize
 
 TARGET = targets.load("ort-int8")
 BINS = (Bin(index=0, t=(0.0, 500.0), steps=(250.0,)), Bin(index=1, t=(500.0, 1000.0), steps=(750.0,)))

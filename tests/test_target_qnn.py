@@ -15,12 +15,12 @@ from tests.bin_feeds import bin_feeds
 from tests.commands import MODEL, assert_one_line, command
 from vdq_export import ort, recipe, targets
 from vdq_export.bundle import Bundle
-from vdq_export.encodings import from_json
+from vdq_export.devices.verify import Choices, verify_device
 from vdq_export.graph import INLINE_BYTES, Graph
+from vdq_export.handoff.encodings import from_json
 from vdq_export.model import Model
 from vdq_export.recipe import Override
 from vdq_export.targets.qnn import ARCHS, hexagon
-from vdq_export.verify_device import Choices, verify_device
 
 QUANTIZERS = {"QuantizeLinear", "DequantizeLinear"}
 

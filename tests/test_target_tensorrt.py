@@ -19,12 +19,13 @@ from onnx.reference import ReferenceEvaluator
 from tests import tensorrt_cases as cases
 from tests import tiny_model
 from tests.bin_feeds import bin_feeds
-from vdq_export import number_grid, ort, targets
+from vdq_export import ort, targets
 from vdq_export.calib import dynamic, formats, weight_ranges
 from vdq_export.calib.ranges import Grid, affine, fake_quantize
 from vdq_export.compiler import export
 from vdq_export.errors import PassError, RecipeError
 from vdq_export.graph import Array, Graph
+from vdq_export.handoff.trt_functions import FP4, MXFP8
 from vdq_export.lint.engine import lint_graphs
 from vdq_export.lint.table import for_profile
 from vdq_export.metrics import decibels
@@ -33,7 +34,7 @@ from vdq_export.plan import Dynamic
 from vdq_export.recipe import Recipe, load
 from vdq_export.runtime import load as load_runtime
 from vdq_export.targets._tensorrt_types import four_bits, half
-from vdq_export.trt_functions import FP4, MXFP8
+from vdq_export.weights import number_grid
 
 SPEC = targets.load("tensorrt").spec()
 OPTIONS = targets.load("tensorrt").session_options(SPEC)

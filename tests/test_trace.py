@@ -13,12 +13,12 @@ from torch import nn
 
 from tests import tiny_model
 from vdq_export import ort, pipeline
-from vdq_export import trace as trace_module
 from vdq_export.contract import PassContext
 from vdq_export.errors import ModelError, TraceError
 from vdq_export.graph import Array, Graph
 from vdq_export.model import Model
 from vdq_export.trace import float_error, trace
+from vdq_export.tracing import exporter
 
 TOLERANCE = 1e-4  # of the largest output; float32 reorders sums, which costs about 1e-6 at these widths
 
@@ -116,7 +116,7 @@ def test_a_graph_that_differs_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
         return graph
 
     honest = Graph.from_proto
-    monkeypatch.setattr(trace_module.Graph, "from_proto", staticmethod(broken))
+    monkeypatch.setattr(exporter.Graph, "from_proto", staticmethod(broken))
     with pytest.raises(TraceError, match=r"plain: graph and module differ by .*e-0\d") as caught:
         trace(plain())
     assert "\n" not in str(caught.value)
@@ -186,7 +186,7 @@ def test_graph_is_static_and_standard(traced: Graph) -> None:
     proto = traced.to_proto()
     onnx.checker.check_model(proto, full_check=True)
     assert {entry.domain for entry in proto.opset_import} == {""}
-    assert [entry.version for entry in proto.opset_import] == [trace_module.OPSET]
+    assert [entry.version for entry in proto.opset_import] == [exporter.OPSET]
     for value in traced.values().values():
         assert value.shape is not None and all(isinstance(d, int) for d in value.shape), value.name
     assert not any(node.op.startswith("Sequence") or node.op in ("If", "Loop") for node in traced.nodes)

@@ -8,7 +8,7 @@ import torch
 from vdq_export.errors import TraceError
 from vdq_export.model import Model
 from vdq_export.trace import trace
-from vdq_export.trace_weightless import trace_weightless
+from vdq_export.tracing.weightless import trace_weightless
 
 
 class Net(torch.nn.Module):

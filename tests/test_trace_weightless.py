@@ -19,7 +19,7 @@ from vdq_export.errors import ModelError, PassError, TraceError
 from vdq_export.graph import Array, Graph, bind, is_unbound
 from vdq_export.model import Model
 from vdq_export.trace import trace
-from vdq_export.trace_weightless import trace_weightless
+from vdq_export.tracing.weightless import trace_weightless
 
 
 def constructor(module: Any) -> Callable[[], nn.Module]:

@@ -17,16 +17,16 @@ from tests.quantized_blocks import Builder, block, linear
 from vdq_export import cli, ort
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter, signature_of
+from vdq_export.devices.verify import Choices, calls_by_bin, random_feeds, verify_device
 from vdq_export.errors import CompileError, ModelError
 from vdq_export.graph import Array, Graph
-from vdq_export.graph_cut import encodings, unquantized
+from vdq_export.graphs.cut import encodings, unquantized
 from vdq_export.manifest import Manifest, ModelIdentity
 from vdq_export.model import Model, Step
 from vdq_export.plan import Bin, QuantPlan
 from vdq_export.recipe import Recipe
 from vdq_export.schedule import Schedule
 from vdq_export.targets.qnn import dump, hexagon
-from vdq_export.verify_device import Choices, calls_by_bin, random_feeds, verify_device
 
 on_hexagon = pytest.mark.skipif(not hexagon.available(), reason="needs onnxruntime-qnn")
 HALVES = ((500.0, 1000.0), (0.0, 500.0))  # t of bin 0 and bin 1

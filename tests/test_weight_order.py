@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.graphs import Builder
 from vdq_export import ort
 from vdq_export.graph import Graph
-from vdq_export.weight_order import dequantize_late
+from vdq_export.weights.order import dequantize_late
 
 WIDTH = 8
 needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")

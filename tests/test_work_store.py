@@ -16,11 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vdq_export import units, work_store
-from vdq_export.engine import Local
 from vdq_export.plan import Range
 from vdq_export.recipe import Recipe
-from vdq_export.work_store import WorkStore, WorkStoreError, key
+from vdq_export.work import store as work_store
+from vdq_export.work import units
+from vdq_export.work.engine import Local
+from vdq_export.work.store import WorkStore, WorkStoreError, key
 
 KEY = key("unit")
 
@@ -65,13 +66,13 @@ def test_a_damaged_entry_is_absent(tmp_path_factory: pytest.TempPathFactory, dat
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-@pytest.mark.parametrize("moment", ["os.fsync", "pathlib.Path.replace", "vdq_export.work_store.sync_folder"])
+@pytest.mark.parametrize("moment", ["os.fsync", "pathlib.Path.replace", "vdq_export.work.store.sync_folder"])
 def test_killed_while_putting_leaves_the_old_entry_or_the_new_one(tmp_path: Path, moment: str) -> None:
     WorkStore(tmp_path).put(KEY, b"old")
     module, name = moment.rsplit(".", 1) if "Path" not in moment else ("pathlib", "Path.replace")
     script = (
         "import os, signal, sys, importlib\n"
-        "from vdq_export.work_store import WorkStore\n"
+        "from vdq_export.work.store import WorkStore\n"
         f"owner = importlib.import_module({module!r})\n"
         f"*path, last = {name!r}.split('.')\n"
         "for one in path: owner = getattr(owner, one)\n"
@@ -115,7 +116,7 @@ def test_work_that_another_process_uses_is_not_cleared(tmp_path: Path) -> None:
 
 def test_marks_of_dead_processes_hinder_nobody(tmp_path: Path) -> None:
     script = (
-        "import os, signal\nfrom vdq_export.work_store import WorkStore\n"
+        "import os, signal\nfrom vdq_export.work.store import WorkStore\n"
         f"WorkStore({str(tmp_path / 'work')!r}).put({KEY!r}, b'kept')\nos._exit(9)\n"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9

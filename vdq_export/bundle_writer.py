@@ -39,7 +39,7 @@ from vdq_export.manifest import (
 from vdq_export.plan import QuantPlan
 from vdq_export.report.data import VerifyReport
 from vdq_export.schedule import Schedule
-from vdq_export.weight_store import Array, WeightStore
+from vdq_export.weights.store import Array, WeightStore
 
 GRAPHS = "graphs"
 # Below graphs/, not beside it: onnxruntime and onnx.checker refuse external data outside the folder of the .onnx file.

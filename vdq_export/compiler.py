@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from vdq_export import hand_off, hoisting, hoisting_parts, pipeline, report_parts, sources, targets
+from vdq_export import pipeline, sources, targets
 from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter, signature_of
@@ -24,23 +24,27 @@ from vdq_export.calib.solve import Solved, at_precision, solve
 from vdq_export.calib.step_reuse import learn
 from vdq_export.calib.values import observe_values, plan_values
 from vdq_export.contract import PassContext, PassReport
-from vdq_export.engine import Engine, Local
 from vdq_export.errors import CalibrationError, PassError, RecipeError
 from vdq_export.graph import Graph, is_promise
+from vdq_export.handoff import files as hand_off
+from vdq_export.hoisting import parts as hoisting_parts
+from vdq_export.hoisting import split as hoisting
 from vdq_export.manifest import Manifest, ModelIdentity
 from vdq_export.model import Model
-from vdq_export.number_grid import numpy_type
 from vdq_export.plan import QuantPlan
 from vdq_export.planned import Part, Planned
 from vdq_export.policy import CachePolicy, Probe
 from vdq_export.progress import Reporter, piece
 from vdq_export.recipe import Recipe
+from vdq_export.report import parts as report_parts
 from vdq_export.report import ranges
 from vdq_export.schedule import Schedule
 from vdq_export.target_spec import TargetSpec
 from vdq_export.trace import trace
-from vdq_export.work import Work, at_work
-from vdq_export.work_store import WorkStore
+from vdq_export.weights.number_grid import numpy_type
+from vdq_export.work.engine import Engine, Local
+from vdq_export.work.place import Work, at_work
+from vdq_export.work.store import WorkStore
 
 Dump = Callable[[str, Graph], None]
 

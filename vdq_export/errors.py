@@ -63,6 +63,10 @@ class ScheduleError(VdqError):
     """No graph is scheduled for the timestep or branch asked for."""
 
 
+class EngineError(VdqError):
+    """There is no such engine for work, or it ended before the work did."""
+
+
 class MissingToolError(VdqError):
     """A vendor's tool that a job needs is not installed or does not load here."""
 

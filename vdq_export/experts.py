@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from vdq_export.checkpoint import Checkpoint
 from vdq_export.errors import ModelError
-from vdq_export.learned import Learned
+from vdq_export.weights.checkpoint import Checkpoint
+from vdq_export.weights.learned import Learned
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")  # it becomes a part of file and plan names, between dots
 

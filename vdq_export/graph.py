@@ -23,8 +23,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from vdq_export.errors import PassError
-from vdq_export.external_data import FOUR_BIT, map_external, of_foreign_types, placeholder
-from vdq_export.promise import Array, Arrays, Lazy, Promise, Unbound, ahead, bound, read, release, unbound
+from vdq_export.weights.external_data import FOUR_BIT, map_external, of_foreign_types, placeholder
+from vdq_export.weights.promise import Array, Arrays, Lazy, Promise, Unbound, ahead, bound, read, release, unbound
 
 __all__ = ["Array", "Arrays", "Constant", "Graph", "Linear", "Node", "Unbound", "Value", "Variable", "release"]
 INLINE_BYTES = 1024  # smaller constants stay inside the .onnx file

@@ -9,9 +9,9 @@ import msgspec
 import numpy as np
 from safetensors import safe_open
 
-from vdq_export import graph_view
 from vdq_export.bundle import Bundle
-from vdq_export.graph_view import GraphView, Op
+from vdq_export.graphs import view as graph_view
+from vdq_export.graphs.view import GraphView, Op
 from vdq_export.manifest import MANIFEST
 from vdq_export.schedule import Hoisted
 

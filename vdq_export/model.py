@@ -13,12 +13,12 @@ from typing import Any, Literal, Protocol, TypedDict
 import numpy as np
 import torch
 
-from vdq_export import on_demand
-from vdq_export.checkpoint import Checkpoint
 from vdq_export.errors import ModelError
 from vdq_export.experts import Expert, Experts
 from vdq_export.graph import Graph
-from vdq_export.learned import Learned
+from vdq_export.weights import on_demand
+from vdq_export.weights.checkpoint import Checkpoint
+from vdq_export.weights.learned import Learned
 
 Tensors = Mapping[str, torch.Tensor]
 Denoiser = Callable[..., Any]  # a transformer: called with the module's keyword inputs, returns a tensor or a tuple

@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from vdq_export.external_data import FOUR_BIT
 from vdq_export.graph import Array, Graph
+from vdq_export.weights.external_data import FOUR_BIT
 
 
 def session(

@@ -10,7 +10,7 @@ from vdq_export.calib.step_reuse import Learnt
 from vdq_export.contract import PassReport
 from vdq_export.errors import ModelError
 from vdq_export.graph import Graph
-from vdq_export.hoisting import Hoisted
+from vdq_export.hoisting.split import Hoisted
 from vdq_export.manifest import Signature
 from vdq_export.model import Model
 from vdq_export.plan import QuantPlan

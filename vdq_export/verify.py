@@ -19,16 +19,17 @@ from vdq_export.bundle import Bundle
 from vdq_export.contract import PassContext
 from vdq_export.errors import BundleError, ModelError
 from vdq_export.graph import Array, Graph
-from vdq_export.growth import Growth, mean
 from vdq_export.metrics import decibels, psnr_db
 from vdq_export.model import Model, Trajectory
 from vdq_export.plan import QuantPlan
 from vdq_export.progress import Reporter
 from vdq_export.recipe import VerifyRecipe
 from vdq_export.report.data import JudgeScores, KernelCount, LayerQuality, StepError, VerifyReport
+from vdq_export.report.growth import Growth, mean
 from vdq_export.runtime import load
 from vdq_export.runtime.ahead import Ahead
-from vdq_export.trace import OUTPUT, trace
+from vdq_export.trace import trace
+from vdq_export.tracing.exporter import OUTPUT
 
 CLIPS = 20  # compared unless told otherwise
 INFINITE_DB = 200.0  # stands for "no difference at all" in JSON, which has no infinity

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vdq_export.graph import Graph, Node, Value, absent
-from vdq_export.match import readers
+from vdq_export.graphs.match import readers
 from vdq_export.targets.cuda.ops import DOMAIN, INPUTS, OUTPUTS
 
 

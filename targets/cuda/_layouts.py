@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vdq_export.graph import Graph, Node, Value
-from vdq_export.match import made_by, scalar
+from vdq_export.graphs.match import made_by, scalar
 
 Axes = list[list[tuple[int, int]]]  # (which of B, tokens, H, D; its size), outermost first, of each dimension
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from vdq_export.graph import Graph, Node, Value
-from vdq_export.match import constant_operand, is_root_mean_square, made_by, scalar
+from vdq_export.graphs.match import constant_operand, is_root_mean_square, made_by, scalar
 from vdq_export.targets.cuda._fused import next_node
 from vdq_export.targets.cuda._operands import is_channels
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vdq_export.graph import Graph, Node, Value
-from vdq_export.match import readers
+from vdq_export.graphs.match import readers
 from vdq_export.targets.cuda._fused import (
     absorb,
     is_fused,

@@ -37,14 +37,14 @@ from triton import knobs
 from triton.runtime.cache import CacheManager
 from triton.runtime.driver import driver
 
-from vdq_export import work_store
 from vdq_export.bundle import Bundle
 from vdq_export.errors import BundleError
 from vdq_export.targets.cuda.aot_launch import AotError, Launch, preload, record
 from vdq_export.targets.cuda.kernels._config import ARCHS, SHARED, ConfigError
 from vdq_export.targets.cuda.lower import lower
 from vdq_export.targets.cuda.program import FLOAT
-from vdq_export.work_store import WorkStore
+from vdq_export.work import store as work_store
+from vdq_export.work.store import WorkStore
 
 FOLDER = "cuda/kernels"
 INDEX = f"{FOLDER}/index.json"

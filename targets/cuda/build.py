@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vdq_export import vendor_tool
 from vdq_export.bundle_writer import BundleWriter
 from vdq_export.contract import PassReport
+from vdq_export.devices import vendor_tool
 from vdq_export.graph import Graph
 from vdq_export.progress import Reporter
 from vdq_export.runtime import families

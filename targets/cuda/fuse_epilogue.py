@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value
-from vdq_export.match import other_input
+from vdq_export.graphs.match import other_input
 from vdq_export.targets.cuda._fused import absorb, is_fused, is_output, next_node, operand, put, result
 from vdq_export.targets.cuda._operands import channels, is_channels, is_rows
 from vdq_export.targets.cuda._steps import take_activation, take_quantizer

@@ -18,7 +18,7 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value, is_constant
-from vdq_export.match import made_by, other_input
+from vdq_export.graphs.match import made_by, other_input
 from vdq_export.targets.cuda._fused import add, next_node, remove, result
 from vdq_export.targets.cuda.quantizers import Quantizer, code_type, codes_of, read, type_name
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value, is_constant
-from vdq_export.match import readers
+from vdq_export.graphs.match import readers
 from vdq_export.targets.cuda._fused import held, is_fused, is_output, operand, put, put_result, remove, result
 
 NAME = "fuse_low_rank_down"

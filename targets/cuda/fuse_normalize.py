@@ -19,7 +19,7 @@ from typing import Any
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value
-from vdq_export.match import constant_operand, other_input, readers
+from vdq_export.graphs.match import constant_operand, other_input, readers
 from vdq_export.targets.cuda._fused import absorb, add, held, next_node, operand, put, remove
 from vdq_export.targets.cuda._norms import norm_at
 from vdq_export.targets.cuda._operands import channels, is_channels, is_rows

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node
-from vdq_export.match import integers, made_by, readers
+from vdq_export.graphs.match import integers, made_by, readers
 from vdq_export.targets.cuda._fused import absorb, add, is_fused, is_output, next_node, operand, put, remove, result
 from vdq_export.targets.cuda._layouts import reshaped
 from vdq_export.targets.cuda._norms import norm_of

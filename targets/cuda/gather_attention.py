@@ -20,7 +20,7 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value, absent
-from vdq_export.match import other_input, readers, scalar, sole_reader
+from vdq_export.graphs.match import other_input, readers, scalar, sole_reader
 from vdq_export.targets.cuda._fused import next_node, remove
 from vdq_export.targets.cuda._layouts import reshaped, tokens
 from vdq_export.targets.cuda.quantizers import code_type, codes_of, in_table, numbers, read

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node
-from vdq_export.match import made_by, readers
+from vdq_export.graphs.match import made_by, readers
 from vdq_export.targets.cuda._fused import add, fused_by, held, is_output, operand, remove, result
 from vdq_export.targets.cuda._steps import only_quantizes, take_quantizer
 

@@ -17,11 +17,11 @@ import numpy as np
 from onnx import helper
 
 from vdq_export.graph import Array, Graph, Node, Value, is_constant
-from vdq_export.match import made_by, scalar
-from vdq_export.number_grid import numpy_type
+from vdq_export.graphs.match import made_by, scalar
 from vdq_export.plan import E4M3_MAX
 from vdq_export.targets.cuda._fused import fused_by
 from vdq_export.targets.cuda.ops import DOMAIN, SHIFT, line
+from vdq_export.weights.number_grid import numpy_type
 
 _TYPES = {"uint8": "int8", "int8": "int8", "float8_e4m3fn": "float8e4m3fn"}
 _RANGES = {"int8": (-SHIFT, SHIFT - 1), "float8e4m3fn": (-E4M3_MAX, E4M3_MAX)}

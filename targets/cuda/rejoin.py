@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node, Value
-from vdq_export.match import integers, made_by
+from vdq_export.graphs.match import integers, made_by
 from vdq_export.targets.cuda._fused import is_output, remove
 
 NAME = "rejoin"

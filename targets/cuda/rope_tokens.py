@@ -18,7 +18,7 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Constant, Graph, Node, Value, is_constant
-from vdq_export.match import integers, made_by
+from vdq_export.graphs.match import integers, made_by
 from vdq_export.targets.cuda._fused import is_output, remove
 from vdq_export.targets.cuda._layouts import reshaped
 from vdq_export.targets.cuda.rejoin import cut_of

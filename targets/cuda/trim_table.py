@@ -14,7 +14,7 @@ import numpy as np
 
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.graph import Graph, Node
-from vdq_export.match import readers
+from vdq_export.graphs.match import readers
 from vdq_export.targets.cuda._fused import is_fused
 from vdq_export.targets.cuda.ops import line
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from vdq_export.bundle_writer import BundleWriter
-from vdq_export.encodings import write_encodings
 from vdq_export.errors import UnknownNameError
 from vdq_export.graph import Graph
+from vdq_export.handoff.encodings import write_encodings
 from vdq_export.plan import QuantPlan
 from vdq_export.progress import Reporter
 from vdq_export.target_spec import Capability, TargetSpec

@@ -21,9 +21,9 @@ from typing import Literal
 import msgspec
 import onnx
 
-from vdq_export import qnn_provider
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import WEIGHTS, scratch
+from vdq_export.devices import qnn_provider
 from vdq_export.errors import BundleError, CompileError, OffDeviceError, UnknownNameError
 from vdq_export.jsonfile import decode, encode
 from vdq_export.progress import Advance, Reporter, piece

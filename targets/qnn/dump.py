@@ -17,7 +17,7 @@ import numpy as np
 
 from vdq_export.errors import CompileError
 from vdq_export.graph import Graph
-from vdq_export.graph_cut import Encoding, encodings
+from vdq_export.graphs.cut import Encoding, encodings
 from vdq_export.report.device import Scales
 
 # QNN_DATATYPE_* of QnnTypes.h, as far as graphs here have them

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from vdq_export import qnn_provider
+from vdq_export.devices import qnn_provider
+from vdq_export.devices.qnn_provider import PROVIDER, available
 from vdq_export.errors import CompileError, OffDeviceError, UnknownNameError
-from vdq_export.qnn_provider import PROVIDER, available
 from vdq_export.targets.qnn import ARCHS
 
 STRICT = "session.disable_cpu_ep_fallback"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from vdq_export.back_to_float import CLIPS, RUNS, Found, bisect
+from vdq_export.bisect.search import CLIPS, RUNS, Found, bisect
 from vdq_export.bundle import Bundle
 from vdq_export.commands.options import machine_readable, reporter, verbosity
 

@@ -9,9 +9,10 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from vdq_export import families, recipe, targets
+from vdq_export import recipe, targets
 from vdq_export.commands import complete
 from vdq_export.commands.options import machine_readable
+from vdq_export.sources import registry
 
 
 @click.command("recipes")
@@ -51,7 +52,7 @@ def targets_command(name: str | None, as_json: bool) -> None:
 @machine_readable
 def families_command(as_json: bool) -> None:
     """List the video transformers of the installed diffusers: how each is supported, and what was tried."""
-    known = families.support()
+    known = registry.support()
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(known)).decode())
         return

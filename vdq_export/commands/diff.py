@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from vdq_export.commands.options import bundle_argument
-from vdq_export.diff import diff
-from vdq_export.diff_render import render
+from vdq_export.diff.compare import diff
+from vdq_export.diff.text import render
 
 
 @click.command("diff")

@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 import msgspec
 
-from vdq_export import encodings, float_graph
 from vdq_export.bundle import Bundle
 from vdq_export.commands.options import bundle_argument, machine_readable
 from vdq_export.errors import BundleError
 from vdq_export.graph import Graph
+from vdq_export.handoff import encodings, float_graph
 
 
 class Written(msgspec.Struct, frozen=True):

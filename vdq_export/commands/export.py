@@ -50,7 +50,7 @@ def export_command(
     """
     from vdq_export import compiler, pipeline  # with torch: --help and completion do without
     from vdq_export.commands.search import resolve
-    from vdq_export.work import at_work
+    from vdq_export.work.place import at_work
 
     dump = None if dump_after is None else pipeline.dump_to(out.with_name(f"{out.name}.passes"), dump_after)
     told = reporter(verbose, quiet)

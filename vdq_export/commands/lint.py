@@ -13,6 +13,7 @@ from vdq_export.commands import complete
 from vdq_export.commands.options import bundle_argument, machine_readable
 from vdq_export.lint import LintReport, lint_bundle, lint_file
 from vdq_export.lint.report import Finding
+from vdq_export.lint.sarif import to_sarif
 from vdq_export.lint.table import profiles
 
 NODES = 6  # shown of those that break one rule
@@ -33,7 +34,7 @@ def lint_command(ctx: click.Context, path: Path, profile: str | None, sarif: Pat
     """Check PATH, a bundle or an .onnx file, against what its consumer takes, without the consumer's tools."""
     report = lint(path, profile)
     if sarif:
-        sarif.write_bytes(report.to_sarif())
+        sarif.write_bytes(to_sarif(report))
     click.echo(report.to_json(), nl=False) if as_json else print_report(report, Console())
     if report.errors:
         ctx.exit(1)

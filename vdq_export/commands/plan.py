@@ -32,7 +32,7 @@ def plan_command(
     from vdq_export import compiler  # with torch: --help and completion do without
     from vdq_export.bundle import Bundle
     from vdq_export.commands.search import resolve
-    from vdq_export.work import at_work
+    from vdq_export.work.place import at_work
 
     if Path(model, "manifest.json").is_file():
         plans = Bundle.open(model).plans

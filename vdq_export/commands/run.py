@@ -11,8 +11,8 @@ from vdq_export import sources
 from vdq_export.bundle import Bundle
 from vdq_export.commands import complete
 from vdq_export.commands.options import bundle_argument, machine_readable, reporter, verbosity
+from vdq_export.drawing.clips import side_by_side
 from vdq_export.errors import ModelError
-from vdq_export.render import side_by_side
 from vdq_export.runtime.providers import RECIPES, choose
 from vdq_export.verify import make_clips
 

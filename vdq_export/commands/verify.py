@@ -11,10 +11,10 @@ import click
 
 from vdq_export.bundle import Bundle
 from vdq_export.commands.options import Word, bundle_argument, machine_readable, reporter, together, verbosity
+from vdq_export.devices.verify import Choices, bisect_file, verify_device
 from vdq_export.report.data import VerifyReport
 from vdq_export.report.device import GPU_DEVICES, Bisection, DeviceBin, DeviceReport
 from vdq_export.verify import CLIPS, verify
-from vdq_export.verify_device import Choices, bisect_file, verify_device
 
 DEVICE_CLIPS = 1
 
@@ -82,7 +82,7 @@ def verify_command(
     if device is None:
         report = verify(opened, model, clips=clips, reporter=reporter(verbose, quiet))
     elif device in GPU_DEVICES:
-        from vdq_export.verify_gpu import verify_gpu  # what lowers programs, which nobody else needs
+        from vdq_export.devices.verify_gpu import verify_gpu  # what lowers programs, which nobody else needs
 
         on: Any = device
         count = DEVICE_CLIPS if clips is None else clips

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vdq_export.graph import is_constant
-from vdq_export.graph_cut import QUANTIZE
+from vdq_export.graphs.cut import QUANTIZE
 from vdq_export.lint.checks import Check, Hit, Scope
 from vdq_export.lint.view import Unit
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from vdq_export.graph_cut import DEQUANTIZE, QUANTIZE
+from vdq_export.graphs.cut import DEQUANTIZE, QUANTIZE
 from vdq_export.lint import signature
 from vdq_export.lint.checks import Check, Hit, Scope
 from vdq_export.lint.view import Operand, Unit

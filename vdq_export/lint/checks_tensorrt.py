@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vdq_export.graph import Node, Value, is_constant
-from vdq_export.graph_cut import QUANTIZE, source
+from vdq_export.graphs.cut import QUANTIZE, source
 from vdq_export.lint.checks import Check, Hit, Scope
 from vdq_export.lint.view import Encoding, Unit, op_name, plain_code
 

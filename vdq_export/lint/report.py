@@ -58,9 +58,3 @@ class LintReport(_Data, frozen=True):
 
     def to_json(self) -> bytes:
         return jsonfile.encode(self, "lint.json")
-
-    def to_sarif(self) -> bytes:
-        """SARIF 2.1.0, for code-review tools."""
-        from vdq_export.lint.sarif import to_sarif  # which reads this module's types
-
-        return to_sarif(self)

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from vdq_export.graph import Array, Graph, Node, Value, is_constant
-from vdq_export.graph_cut import DEQUANTIZE, QUANTIZE, operators, source
+from vdq_export.graphs.cut import DEQUANTIZE, QUANTIZE, operators, source
 
 CODES = {
     "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int64": "i64", "int32": "i32",

@@ -16,13 +16,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from vdq_export import graph_draw, graph_part, graph_view
 from vdq_export.bundle import Bundle
-from vdq_export.diff import Change, Difference, compare, diff
-from vdq_export.diff_match import Matching, Side
+from vdq_export.diff.compare import Change, Difference, compare, diff
+from vdq_export.diff.match import Matching, Side
+from vdq_export.drawing import graph as graph_draw
+from vdq_export.drawing.graph import Picture
 from vdq_export.errors import VdqError
-from vdq_export.graph_draw import Picture
-from vdq_export.graph_view import GraphView
+from vdq_export.graphs import part as graph_part
+from vdq_export.graphs import view as graph_view
+from vdq_export.graphs.view import GraphView
 from vdq_export.inspect import Summary, bundle_graphs, summarize
 from vdq_export.manifest import MANIFEST
 

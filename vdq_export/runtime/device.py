@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vdq_export import vendor_tool
 from vdq_export.bundle import Bundle
+from vdq_export.devices import vendor_tool
 from vdq_export.errors import BundleError, MissingToolError, UnknownNameError
 from vdq_export.plan import Branch
 from vdq_export.runtime.ahead import Ahead, Part

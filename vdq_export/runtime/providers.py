@@ -18,8 +18,8 @@ from typing import Any
 
 import onnxruntime as ort
 
-from vdq_export import openvino_runtime, qnn_provider, vendor_tool
 from vdq_export.bundle import Bundle
+from vdq_export.devices import openvino_runtime, qnn_provider, vendor_tool
 from vdq_export.errors import MissingToolError, UnknownNameError
 
 CPU = "CPUExecutionProvider"

@@ -9,10 +9,10 @@ from typing import Any
 
 import psutil
 
-from vdq_export import families, on_demand
 from vdq_export.errors import ModelError
-from vdq_export.sources import _scheduling, _text, _weights
+from vdq_export.sources import _scheduling, _text, _weights, registry
 from vdq_export.sources._weights import Network, read_json
+from vdq_export.weights import on_demand
 
 INDEX = "model_index.json"
 
@@ -69,7 +69,7 @@ class Pipeline:
         if too_large := self.too_large_encoders():
             raise ModelError(too_large, hint="record on a larger machine, or give --prompt-embeds")
         first = self.networks[0]
-        pipelines, tokens = families.of(first.class_name).pipelines, first.config.get("max_text_seq_length")
+        pipelines, tokens = registry.of(first.class_name).pipelines, first.config.get("max_text_seq_length")
         return _text.encode(self.folder, self.index or {}, pipelines, prompts, negative, tokens)
 
 

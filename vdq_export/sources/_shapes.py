@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from vdq_export import families
 from vdq_export.errors import ModelError
+from vdq_export.sources import registry
 from vdq_export.sources._options import Options
 from vdq_export.sources._weights import Network, read_json
 from vdq_export.sources.families import Family, Input, Size
@@ -85,7 +85,7 @@ def call(
     can) and arguments not known here.
     """
     config: Mapping[str, Any] = {**_pipeline_settings(index or {}), **network.module.config}  # type: ignore[dict-item]
-    family = families.of(network.class_name)
+    family = registry.of(network.class_name)
     _refuse_conditioning(family, config, origin)
     scales, (patch_t, patch) = _scales(vae, family), _patches(config)
     patch_t = patch_t if family.frames(config, 1) == 1 else 1  # what is filled up may be of any length
@@ -125,7 +125,7 @@ def _check_arguments(network: Network, origin: str, given: set[str]) -> None:
     if unknown := [name for name in needed if name not in given]:
         raise ModelError(
             f"{origin}: {network.class_name} takes {unknown[0]!r}, which is not known here",
-            hint=f"known: {', '.join(families.KNOWN)}; write a factory and give package.module:factory",
+            hint=f"known: {', '.join(registry.KNOWN)}; write a factory and give package.module:factory",
         )
 
 

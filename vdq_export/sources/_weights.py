@@ -20,11 +20,11 @@ import msgspec
 import numpy as np
 import torch
 
-from vdq_export import learned, on_demand
-from vdq_export.checkpoint import Checkpoint, Stored, read_header
 from vdq_export.errors import ModelError
-from vdq_export.learned import Learned, is_learned
 from vdq_export.sources import _remote_code, families
+from vdq_export.weights import learned, on_demand
+from vdq_export.weights.checkpoint import Checkpoint, Stored, read_header
+from vdq_export.weights.learned import Learned, is_learned
 
 STEM = "diffusion_pytorch_model"
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

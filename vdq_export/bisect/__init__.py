@@ -1,0 +1,1 @@
+"""Which layers, in which bins, have to be float again."""

@@ -1,0 +1,1 @@
+"""Vendors' runtimes and compilers: found, and their graphs compared with exact arithmetic."""

@@ -1,0 +1,1 @@
+"""Clips and graphs as pictures."""

@@ -1,0 +1,1 @@
+"""What a bundle for somebody else's toolchain carries beside its graphs."""

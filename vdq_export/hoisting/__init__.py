@@ -1,0 +1,1 @@
+"""What no denoising step changes leaves the graph that runs at each."""

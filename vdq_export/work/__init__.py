@@ -1,0 +1,1 @@
+"""How long work is done: units with a memory, on processes or a cluster."""
