@@ -200,13 +200,17 @@ def scratch(bundle: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def signature_of(model: onnx.ModelProto, timestep: str) -> Signature:
-    """Names, types and shapes of a graph's inputs and outputs. Raises BundleError for a dynamic shape."""
+def signature_of(model: onnx.ModelProto, timestep: str, *, bare: bool = False) -> Signature:
+    """Names, types and shapes of a graph's inputs and outputs. Raises BundleError for a dynamic shape.
+
+    bare: what was traced answers with a tensor, and not with something that holds one.
+    """
     initialized = {tensor.name for tensor in model.graph.initializer}
     inputs = tuple(_info(value) for value in model.graph.input if value.name not in initialized)
     if timestep not in {one.name for one in inputs}:
         raise BundleError(f"the graph has no timestep input {timestep!r}")
-    return Signature(inputs=inputs, outputs=tuple(_info(value) for value in model.graph.output), timestep=timestep)
+    outputs = tuple(_info(value) for value in model.graph.output)
+    return Signature(inputs=inputs, outputs=outputs, timestep=timestep, returns="tensor" if bare else "output")
 
 
 def _info(value: onnx.ValueInfoProto) -> TensorInfo:

@@ -68,11 +68,15 @@ class Linear:
 
 
 class Graph:
-    """A static-shape ONNX graph. `source` is the hash of the model's weights and signature it was traced from."""
+    """A static-shape ONNX graph. `source` is the hash of the model's weights and signature it was traced from.
 
-    def __init__(self, graph: gs.Graph, source: str = "") -> None:
+    bare: the module it was traced from answers with a tensor, and not with something that holds one.
+    """
+
+    def __init__(self, graph: gs.Graph, source: str = "", bare: bool = False) -> None:
         self.gs = graph
         self.source = source
+        self.bare = bare
         self._taken: set[str] | None = None  # names in use or promised by fresh(); None: not collected yet
 
     @staticmethod
@@ -141,7 +145,7 @@ class Graph:
 
     def copy(self) -> Graph:
         """Independent nodes and values, shared weight arrays."""
-        duplicate = Graph(self.gs.copy(), self.source)
+        duplicate = Graph(self.gs.copy(), self.source, self.bare)
         duplicate.gs.producer_name = self.gs.producer_name
         duplicate.gs.producer_version = self.gs.producer_version
         if self.gs.import_domains is not None:  # shared, and exporting one graph appends its domains to all of them

@@ -34,11 +34,15 @@ class TensorInfo(_Data, frozen=True):
 
 
 class Signature(_Data, frozen=True):
-    """What every bin's graph takes and gives. `timestep` names the input that carries t."""
+    """What every bin's graph takes and gives. `timestep` names the input that carries t.
+
+    returns: what a call of the traced module answers with: a "tensor", or an "output" that holds it, as diffusers does.
+    """
 
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     timestep: str
+    returns: Literal["output", "tensor"] = "output"
 
 
 class ModelIdentity(_Data, frozen=True):

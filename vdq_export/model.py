@@ -6,6 +6,7 @@ A module may be an Experts: several networks that take turns along the denoising
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypedDict
@@ -13,7 +14,7 @@ from typing import Any, Literal, Protocol, TypedDict
 import numpy as np
 import torch
 
-from vdq_export.errors import ModelError
+from vdq_export.errors import ModelError, VdqError
 from vdq_export.experts import Expert, Experts
 from vdq_export.graph import Graph
 from vdq_export.weights import on_demand
@@ -70,8 +71,8 @@ class Model:
     the meta device and loads them when it is first called, if they fit. prompt_inputs: the inputs that no step of a
     guidance branch changes, as far as the source knows; None: unknown. graph: the float graph, where there is one
     already; `module` then runs it and has no weights. learned: scales that training left.
-    Raises ModelError for inputs that are not tensors, weights that hold NaN or Inf, and Experts that look for another
-    timestep input.
+    Raises ModelError for inputs that are not tensors, weights in memory that hold NaN or Inf or are not float32, and
+    Experts that look for another timestep input.
     """
 
     module: torch.nn.Module
@@ -104,6 +105,13 @@ class Model:
             )
         if (self.checkpoint is None) != (self.make is None):
             raise ModelError(f"{self.name} has one of checkpoint and make", hint="give both or neither")
+        half = [name for name, one in self.module.named_parameters() if _is_other_float(one)]
+        if half:
+            dtype = str(self.module.get_parameter(half[0]).dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{self.name} has weights in {dtype} ({half[0]} and {len(half) - 1} more)",
+                hint="calibration and CPU kernels compute in float32: network.float()",
+            )
         self.module.eval()
         for name, tensor in self.module.state_dict().items():  # those of a checkpoint: Checkpoint.digest()
             if not tensor.is_meta and tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -182,6 +190,31 @@ class Model:
                 on_demand.load(module, checkpoint, name)
         return self.module
 
+    def clip(self, denoiser: Denoiser, case: int, observer: Callable[[Step], None] | None = None) -> np.ndarray:
+        """Clip number `case` that the sampler makes with `denoiser`, [C, F, H, W].
+
+        Raises ModelError where there is no sampler, it fails, or what it makes is no clip.
+        """
+        if self.sampler is None:
+            raise ModelError(f"{self.name} has no sampler, so there are no clips", hint="give its Model a sampler")
+        try:
+            made = np.asarray(self.sampler.generate(denoiser, case, observer))
+        except VdqError:
+            raise
+        except Exception as error:  # the user's own code
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            told = f"{type(error).__name__}: {' '.join(str(error).split())} ({where.filename}:{where.lineno})"
+            raise ModelError(
+                f"the sampler of {self.name} failed on clip {case}: {told}",
+                hint="it is called with the network, and with the bundle, which answers as the network does",
+            ) from error
+        if made.ndim != 4 or not (made.size and np.issubdtype(made.dtype, np.number)):
+            raise ModelError(
+                f"the sampler of {self.name} made a clip of {made.dtype}{list(made.shape)}",
+                hint="generate() returns numbers [C, F, H, W] in [0, 1]: channels, frames, height, width",
+            )
+        return made
+
     def __call__(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The network's output tensor, without gradients. Raises ModelError for weights that do not fit in memory."""
         with torch.no_grad():
@@ -209,6 +242,11 @@ class _StepsOf:
                 f"no step of {self._whole.name}'s trajectories is expert {self._expert}'s ({self._experts.ranges()})",
                 hint="record trajectories that run through every expert's timesteps",
             )
+
+
+def _is_other_float(tensor: torch.Tensor) -> bool:
+    """Of a network in memory; weights that stay in their files are cast when they are loaded."""
+    return not tensor.is_meta and tensor.is_floating_point() and tensor.dtype != torch.float32
 
 
 def first_tensor(output: Any) -> torch.Tensor:

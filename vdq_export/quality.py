@@ -62,13 +62,11 @@ class Meter:
         return float(np.clip(found, -LIMIT_DB, LIMIT_DB))
 
     def _clips(self, bundle: Path) -> float:
-        sampler = self.model.sampler
-        assert sampler is not None
         cases = range(FIRST_CASE, FIRST_CASE + self.clips)
         if not self._reference:
-            self._reference = [sampler.generate(self.model.module, case) for case in cases]
+            self._reference = [self.model.clip(self.model.module, case) for case in cases]
         with load(bundle) as transformer:
-            made = [sampler.generate(transformer, case) for case in cases]
+            made = [self.model.clip(transformer, case) for case in cases]
         pairs = zip(self._reference, made, strict=True)
         return float(np.mean([min(psnr_db(a, b), LIMIT_DB) for a, b in pairs]))
 

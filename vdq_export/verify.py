@@ -83,7 +83,7 @@ def measure(
     reporter = reporter or Reporter()
     if not bundle.plans:
         raise BundleError(f"{bundle.path} carries no plan", hint="export it again")
-    model = sources.resolve(model or bundle.manifest.model.name)
+    model = sources.of_bundle(bundle.manifest.model.name, model)
     thresholds = bundle.plans[0].recipe.verify
     layers: list[LayerQuality] = []
     for plan, floated, steps in float_graphs(bundle, model, reporter):
@@ -228,9 +228,9 @@ def make_clips(
     with reporter.stage("generate clips") as advance, loaded as transformer:
         for case in range(count):
             growth = Growth(model.timestep_input)
-            made.reference.append(model.sampler.generate(model.module, case, growth.reference))
+            made.reference.append(model.clip(model.module, case, growth.reference))
             advance(2 * case + 1, 2 * count)
-            made.quantized.append(model.sampler.generate(transformer, case, growth.quantized))
+            made.quantized.append(model.clip(transformer, case, growth.quantized))
             made.growth.append(growth.steps)
             advance(2 * case + 2, 2 * count)
     return made

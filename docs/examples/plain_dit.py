@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import vdq_export
-from vdq_export.model import first_tensor
 
 WIDTH, HEADS, BLOCKS = 96, 4, 3
 CHANNELS, FRAMES, SIZE, PATCH = 3, 4, 16, 2  # the latent: [1, 3, 4, 16, 16]
@@ -84,7 +83,7 @@ class Sampler:
                 if observer is not None:
                     observer({"t": 1000.0 * sigma, "branch": branch, "inputs": inputs})
                 with torch.no_grad():
-                    made[branch] = first_tensor(denoiser(**inputs))  # a bundle answers as diffusers does, in .sample
+                    made[branch] = denoiser(**inputs)  # the network, or a bundle, which answers as the network does
             velocity = made["uncond"] + self.guidance * (made["cond"] - made["uncond"])
             x = x + (following - sigma) * velocity
         return np.asarray((x[0] / 2 + 0.5).clamp(0, 1))

@@ -168,14 +168,14 @@ class Trials:
                 f"{model.name} has no sampler, so there are no clips to measure",
                 hint="give its Model a sampler; `vdq-export verify` compares layers without one",
             )
-        self._bundle, self._sampler = bundle, model.sampler
+        self._bundle, self._model = bundle, model
         self._linears = {one.place: one.linear for one in found}
         self._sessions: OrderedDict[tuple[int, frozenset[str]], onnxruntime.InferenceSession] = OrderedDict()
         self._families = families.alone([bundle.graph_path(index) for index in range(len(bundle.schedule.bins))])
         self._ahead = Ahead(bundle)
         self._exact = []
         for case in range(count):
-            self._exact.append(self._sampler.generate(model.module, case))
+            self._exact.append(self._model.clip(model.module, case))
             advance(case + 1, count)
         self.runs = 0
 
@@ -196,7 +196,7 @@ class Trials:
             bundle.path, schedule.reuse, bundle.manifest.signature, SessionFactory(Backend(), {}, None), self._ahead
         )
         with Transformer(bundle, schedule, engine, probes) as transformer:
-            made = [self._sampler.generate(transformer, case) for case in range(len(self._exact))]
+            made = [self._model.clip(transformer, case) for case in range(len(self._exact))]
         found = [bounded(psnr_db(a, b)) for a, b in zip(self._exact, made, strict=True)]
         return float(np.mean(found))
 

@@ -200,7 +200,7 @@ def bisect(
     """
     begun, reporter = time.perf_counter(), reporter or Reporter()
     _check(bundle)
-    given, model = model, sources.resolve(model or bundle.manifest.model.name)
+    given, model = model, sources.of_bundle(bundle.manifest.model.name, model)
     if model.sampler is None:
         raise ModelError(
             f"{model.name} has no sampler, so there are no clips to measure",

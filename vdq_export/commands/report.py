@@ -92,7 +92,7 @@ def _page(
 
 def _model(bundle: Bundle, name: str | None) -> Model:
     """The float model. Raises ModelError where its weights are not those that `bundle` was made from."""
-    model = sources.resolve(name or bundle.manifest.model.name)
+    model = sources.of_bundle(bundle.manifest.model.name, name)
     if model.weight_hash() != bundle.manifest.model.weight_hash:
         raise ModelError(f"{model.name} has other weights than the model of {bundle.path}", hint="pass its own model")
     return model

@@ -48,7 +48,7 @@ def run_command(
     if policy is not None:
         opened.schedule.with_policy(policy)  # a bad one is refused before the model is loaded
     choose(providers, opened)  # and so is a provider that is not installed
-    source = sources.resolve(model or opened.manifest.model.name)
+    source = sources.of_bundle(opened.manifest.model.name, model)
     if source.sampler is None:
         raise ModelError(f"{source.name} has no sampler", hint="give the Model one to generate clips with it")
     made = make_clips(opened, source, clips, reporter(verbose, quiet), policy=policy, providers=providers)

@@ -30,7 +30,7 @@ def serve_demo_command(bundle: Path, model: str | None, port: int, runtime: Path
     opened = Bundle.open(bundle)
     case.check(opened)
     folder = runtime or find_runtime(Path.cwd())
-    source = sources.resolve(model or opened.manifest.model.name)
+    source = sources.of_bundle(opened.manifest.model.name, model)
     if source.sampler is None:
         raise ModelError(f"{source.name} has no sampler", hint="give the Model one to generate clips with it")
     with DemoServer(opened, source.sampler, folder, port) as server:

@@ -56,7 +56,7 @@ class Noise:
 
 def measured_model(bundle: Bundle, model: Model | str | None) -> Model:
     """The float model to compare with, by default the one the manifest names. Raises ModelError for another one."""
-    found = sources.resolve(model or bundle.manifest.model.name)
+    found = sources.of_bundle(bundle.manifest.model.name, model)
     if found.weight_hash() != bundle.manifest.model.weight_hash:
         raise ModelError(f"{found.name} has other weights than the model of {bundle.path}", hint="pass its own model")
     return found

@@ -160,9 +160,9 @@ def _clips(
         Transformer(bundle, bundle.schedule, engine, probes) as transformer,
     ):
         for case in range(count):
-            made.reference.append(model.sampler.generate(model.module, case))
+            made.reference.append(model.clip(model.module, case))
             begin = time.perf_counter()
-            made.quantized.append(model.sampler.generate(transformer, case))
+            made.quantized.append(model.clip(transformer, case))
             seconds.append(time.perf_counter() - begin)
             advance(case + 1, count)
     return made, float(np.mean(seconds))

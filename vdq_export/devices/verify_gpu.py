@@ -105,9 +105,9 @@ def _clips(
         load(bundle.path, device=on.type, dtype=dtype) as transformer,
     ):
         for case in range(count):
-            made.reference.append(model.sampler.generate(model.module, case))
+            made.reference.append(model.clip(model.module, case))
             begin = time.perf_counter()
-            made.quantized.append(model.sampler.generate(transformer, case))
+            made.quantized.append(model.clip(transformer, case))
             seconds.append(time.perf_counter() - begin)
             advance(case + 1, count)
     return made, float(np.mean(seconds))

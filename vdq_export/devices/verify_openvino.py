@@ -60,7 +60,7 @@ def compare(
     model: the float model; by default the one the manifest names. Raises MissingToolError without openvino,
     CompileError when it refuses a graph.
     """
-    model = sources.resolve(model or bundle.manifest.model.name)
+    model = sources.of_bundle(bundle.manifest.model.name, model)
     results = []
     for expert, network in model.networks():
         trajectory = next(iter(network.iter_trajectories()))

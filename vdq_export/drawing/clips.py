@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from vdq_export.drawing.pixels import Pixels, pixels
 from vdq_export.metrics import psnr_db
 
 DIFFERENCE_GAIN = 4
 FRAME_MS = 180  # of the GIF
 GAP, MARGIN = 4, 8  # pixels between frames, and around the sheet
 INK, PAPER = (20, 20, 20), (250, 250, 250)
-Pixels = NDArray[np.uint8]
 
 
 class Rendered(NamedTuple):
@@ -36,16 +35,16 @@ def side_by_side(
 ) -> Rendered:
     """Write side-by-side.gif and side-by-side.png into `out_dir` (made if missing).
 
-    Clips are [C, F, H, W] in [0, 1], C 1 or 3; each label names one pair; `columns` names the two sides. Pixels grow
-    `scale` times (nearest), by default so that a frame is about 64 pixels high. The difference is |float − other|
-    times DIFFERENCE_GAIN, clipped. Raises ValueError for unequal counts or shapes.
+    Clips are [C, F, H, W] in [0, 1], shown as pixels() does; each label names one pair; `columns` names the two sides.
+    Pixels grow `scale` times (nearest), by default so that a frame is about 64 pixels high. The difference is
+    |float − other| times DIFFERENCE_GAIN, clipped. Raises ValueError for unequal counts or shapes.
     """
     if not len(float_clips) == len(other_clips) == len(labels) or not labels:
         raise ValueError(f"{len(float_clips)} clips, {len(other_clips)} others, {len(labels)} labels")
     rows, titles = [], []
     for reference, other, label in zip(float_clips, other_clips, labels, strict=True):
-        if reference.shape != other.shape or reference.ndim != 4 or reference.shape[0] not in (1, 3):
-            raise ValueError(f"{label}: clips of shape {reference.shape} and {other.shape}, need [1 or 3, F, H, W]")
+        if reference.shape != other.shape:
+            raise ValueError(f"{label}: clips of shape {reference.shape} and {other.shape}")
         factor = scale or max(1, round(64 / reference.shape[2]))
         difference = DIFFERENCE_GAIN * np.abs(reference.astype(np.float64) - other)
         rows.append([_frames(clip, factor) for clip in (reference, other, difference)])
@@ -62,11 +61,7 @@ def side_by_side(
 
 def _frames(clip: np.ndarray, factor: int) -> Pixels:
     """[C, F, H, W] in [0, 1] → [F, factor·H, factor·W, 3] bytes."""
-    pixels: Pixels = (np.nan_to_num(clip).clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 3, 0)
-    if pixels.shape[-1] == 1:
-        pixels = pixels.repeat(3, -1)
-    grown: Pixels = pixels.repeat(factor, 1).repeat(factor, 2)
-    return grown
+    return pixels(clip).repeat(factor, 1).repeat(factor, 2)
 
 
 def _page(rows: list[list[Pixels]], titles: list[str], names: Sequence[str]) -> Image.Image:

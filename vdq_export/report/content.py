@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
-import numpy as np
 from numpy.typing import NDArray
 
 from vdq_export.bundle import Bundle
+from vdq_export.drawing.pixels import Pixels, pixels
 from vdq_export.errors import BundleError
 from vdq_export.jsonfile import decode
 from vdq_export.metrics import bounded, psnr_db
@@ -20,7 +20,6 @@ from vdq_export.report.hoisting import HOISTING, HoistingReport
 from vdq_export.report.passes import PASSES, PassesReport
 from vdq_export.report.ranges import RANGES, RangesReport
 
-Pixels = NDArray[np.uint8]
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -38,8 +37,8 @@ class ClipPair:
 
     @staticmethod
     def of(name: str, reference: NDArray[Any], quantized: NDArray[Any]) -> ClipPair:
-        """From clips [C, F, H, W] in [0, 1]; of other numbers of channels than 3 the first is shown, in grey."""
-        return ClipPair(name, _pixels(reference), _pixels(quantized), bounded(psnr_db(reference, quantized)))
+        """From clips [C, F, H, W] in [0, 1]."""
+        return ClipPair(name, pixels(reference), pixels(quantized), bounded(psnr_db(reference, quantized)))
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,3 @@ def _read(bundle: Bundle, path: str, kind: type[T]) -> T | None:
     except OSError as error:
         raise BundleError(f"cannot read {place}: {error.strerror or error}") from error
     return decode(data, kind, str(place), BundleError)
-
-
-def _pixels(clip: NDArray[Any]) -> Pixels:
-    """[C, F, H, W] in [0, 1] → [F, H, W, 3] bytes."""
-    shown = clip if clip.shape[0] == 3 else clip[:1].repeat(3, 0)
-    found: Pixels = (np.nan_to_num(shown).clip(0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 3, 0)
-    return found

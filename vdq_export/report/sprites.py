@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from vdq_export.report.content import ClipPair, Pixels
+from vdq_export.drawing.pixels import Pixels
+from vdq_export.report.content import ClipPair
 
 DIFFERENCE_GAIN = 4
 BUDGET = 5_000_000  # bytes of all pictures of a page; larger clips are shown smaller

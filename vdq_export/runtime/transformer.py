@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Output(NamedTuple):
-    """What a call returns unless return_dict=False; `sample` is the predicted tensor."""
+    """What a call returns where the module did not return a tensor; `sample` is the predicted one."""
 
     sample: Any
 
@@ -66,9 +66,10 @@ class Transformer:
         self._probes = probes
         self._local = threading.local()
 
-    def __call__(self, *values: Any, return_dict: bool = True, **named: Any) -> Any:
+    def __call__(self, *values: Any, return_dict: bool | None = None, **named: Any) -> Any:
         """One step of the network. Inputs that the graphs do not have must be None or {}, as diffusers passes them.
 
+        Answers as the module did: a tensor, or an Output. return_dict: True for an Output, False for a tuple.
         Raises BundleError for missing, unknown or misshapen inputs, ScheduleError when no graph is meant for the call.
         """
         inputs = self._named(values, named)
@@ -79,11 +80,16 @@ class Transformer:
         made = self._step(arrays, per_sample)
         self._engine.count_call()
         if not self._outputs:
-            return Output(_like(made, like)) if return_dict else (_like(made, like),)
+            return self._answer(_like(made, like), return_dict)
         several = {name: _like(one, like) for name, one in _split(made, self._outputs).items()}
-        return namedtuple("Outputs", several)(**several) if return_dict else tuple(several.values())
+        return namedtuple("Outputs", several)(**several) if return_dict is not False else tuple(several.values())
 
     forward = __call__
+
+    def _answer(self, made: Any, return_dict: bool | None) -> Any:
+        if return_dict is None and self._signature.returns == "tensor":
+            return made
+        return (made,) if return_dict is False else Output(made)
 
     def __getattr__(self, name: str) -> Any:
         """A part of the network without weights, which a pipeline may ask for: LTX-2's does for its positions."""

@@ -33,6 +33,19 @@ def with_options(spec: str, **chosen: object) -> str:
     return _options.join(spec, chosen)
 
 
+def of_bundle(name: str, model: Model | str | None = None) -> Model:
+    """The float model of a bundle that was made from `name`; `model` says which, where the name is none.
+
+    Raises ModelError as resolve() does, and for a bundle of a Model that was made in Python.
+    """
+    if model is None and not any(kind.accepts(_options.split(name)[0]) for kind in kinds()):
+        raise ModelError(
+            f"this bundle was made from a Model called {name!r}, which cannot be found by that name",
+            hint="say --model package.module:factory, or model= in Python",
+        )
+    return resolve(name if model is None else model)
+
+
 def resolve(spec: Model | str) -> Model:
     """The model a MODEL argument means; a Model is returned as it is. Its name becomes the argument.
 
@@ -55,7 +68,7 @@ def resolve(spec: Model | str) -> Model:
                 model = kind.load(plain)
             model.name = spec
             return model
-    forms = ", ".join(kind.ACCEPTS for kind in kinds())
+    forms = ", ".join(kind.ACCEPTS for kind in kinds() if kind.ACCEPTS)
     raise ModelError(
         f"cannot find a model at {plain!r}", hint=f"a model is one of: {forms}; commands: vdq-export --help"
     )

@@ -6,8 +6,9 @@ import re
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
-from vdq_export.errors import ModelError, VdqError
+from vdq_export.errors import ModelError, UnknownNameError, VdqError
 from vdq_export.model import Model
 
 ACCEPTS = "package.module:factory"
@@ -27,12 +28,14 @@ def load(spec: str) -> Model:
     try:
         module = import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ModelError(f"{spec}: no module named {error.name!r}", hint="run where it can be imported") from error
+        wanted = f"a module, not a file: {module_name.removesuffix('.py')}:{factory_name}"
+        hint = wanted if module_name.endswith(".py") else "run where it can be imported"
+        raise ModelError(f"{spec}: no module named {error.name!r}", hint=hint) from error
     except Exception as error:
         raise ModelError(f"{spec}: importing {module_name} failed: {_one_line(error)}") from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
-        raise ModelError(f"{spec}: {module_name} has no function {factory_name!r}")
+        raise UnknownNameError(f"function of {module_name}", factory_name, _functions(module))
     try:
         model = factory()
     except VdqError:
@@ -42,6 +45,12 @@ def load(spec: str) -> Model:
     if not isinstance(model, Model):
         raise ModelError(f"{spec} returned {type(model).__name__}", hint="return a vdq_export.Model")
     return model
+
+
+def _functions(module: ModuleType) -> list[str]:
+    """Those that the module defines itself and that may be meant."""
+    found = [name for name, one in vars(module).items() if callable(one) and not name.startswith("_")]
+    return [name for name in found if getattr(vars(module)[name], "__module__", "") == module.__name__]
 
 
 def _one_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import io
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import onnx
@@ -30,24 +30,29 @@ OPSET = 21
 OUTPUT = "sample"
 PREFIX = "network"  # attribute name of the wrapped module; stripped from every name
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_BARE = "vdq_export.bare"  # of a model's meta: Graph.bare
 
 
 class _Wrapper(torch.nn.Module):
-    """The user's module with a single tensor as its output."""
+    """The user's module with a single tensor as its output. see: called with what the module answered."""
 
-    def __init__(self, network: torch.nn.Module) -> None:
+    def __init__(self, network: torch.nn.Module, see: Callable[[Any], None]) -> None:
         super().__init__()
-        self.network = network
+        self.network, self._see = network, see
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        return first_tensor(self.network(**inputs))
+        answer = self.network(**inputs)
+        self._see(answer)
+        return first_tensor(answer)
 
 
 def to_onnx(name: str, network: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> ir.Model:
     """What torch's exporter makes of `network`. Raises TraceError, which calls it `name`."""
+    answers = list[Any]()
     with _quiet(), torch.no_grad():
         try:
-            program = mended(torch.export.export(_Wrapper(network), (), dict(inputs), strict=False))
+            wrapped = _Wrapper(network, answers.append)
+            program = mended(torch.export.export(wrapped, (), dict(inputs), strict=False))
             exported = torch.onnx.export(
                 program, (), dynamo=True, opset_version=OPSET, optimize=False, verbose=False, output_names=[OUTPUT]
             )
@@ -57,6 +62,7 @@ def to_onnx(name: str, network: torch.nn.Module, inputs: Mapping[str, torch.Tens
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise TraceError(f"{name} cannot be exported by torch {torch.__version__}: {first_line}") from error
     assert exported is not None
+    exported.model.meta[_BARE] = isinstance(answers[0], torch.Tensor)
     return exported.model
 
 
@@ -82,6 +88,7 @@ def to_graph(intermediate: ir.Model, source: str = "") -> Graph:
     arrays = _detach_weights(intermediate)
     proto = onnx.shape_inference.infer_shapes(ir.to_proto(intermediate), data_prop=True)
     graph = Graph.from_proto(proto, arrays, source=source)
+    graph.bare = intermediate.meta[_BARE]
     graph.cleanup()
     return graph
 
