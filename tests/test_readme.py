@@ -17,13 +17,11 @@ from vdq_export.samples import digits
 
 README = ROOT / "README.md"
 GALLERY = ROOT / "samples/README.md"
-PAGES = (README, GALLERY, ROOT / "samples/digits/README.md")
-RUN = ROOT / "samples/digits/run"
+SAMPLES = tuple(ROOT / "samples" / name / "README.md" for name in digits.NAMES)
+PAGES = (README, GALLERY, *SAMPLES)
 
 
-@pytest.mark.parametrize(
-    "page", [README, GALLERY, ROOT / "samples/digits/README.md"], ids=lambda page: page.parent.name
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
 def test_commands_are_taken_and_links_lead_somewhere(page: Path) -> None:
     wrong = []
     for line, arguments in ours(page):
@@ -46,32 +44,32 @@ def test_every_sample_is_in_the_gallery() -> None:
     text = GALLERY.read_text(encoding="utf-8")
     for name in digits.NAMES:
         assert f"| [`sample:{name}`]" in text and f"\n| `sample:{name}` |" in text
-        assert f"`samples/digits/run{'' if name == 'digits' else f' {name}'}`" in text
+        assert f"`samples/{name}/run`" in text
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script; its four lines are typed there")
-@pytest.mark.parametrize("name", ["", "digits-hard"])
+@pytest.mark.parametrize("name", digits.NAMES)
 def test_run_calls_four_commands_that_the_program_takes(name: str, tmp_path: Path) -> None:
-    code, lines = run(tmp_path, "", name)
+    code, lines = run(tmp_path, name)
     said = [parsed(shlex.split(line)) for line in lines]
     assert code == 0 and [command for command, _ in said] == ["export", "verify", "run", "report"]
-    assert said[0][1]["tsw"] == "4" and lines[0].startswith(f"sample:{name or 'digits'} ")
-    assert all(f"out/{name or 'digits'}/bundle" in line for line in lines)
+    assert said[0][1]["tsw"] == "4" and lines[0].startswith(f"sample:{name} ")
+    assert all(f"out/{name}/bundle" in line for line in lines)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script")
 def test_run_stops_at_the_first_command_that_fails(tmp_path: Path) -> None:
-    code, lines = run(tmp_path, "verify")
+    code, lines = run(tmp_path, "digits", fails="verify")
     assert code == 1 and len(lines) == 2
 
 
-def run(folder: Path, fails: str, *arguments: str) -> tuple[int, list[str]]:
-    """(exit code, what it calls) of the script, with a command in place of ours that says its arguments."""
+def run(folder: Path, name: str, fails: str = "") -> tuple[int, list[str]]:
+    """(exit code, what it calls) of a sample's script, with a command in place of ours that says its arguments."""
     stub = folder / "bin/vdq-export"
     stub.parent.mkdir()
     stub.write_text(f'#!/bin/sh\necho "$@"\ntest "$1" != "{fails}"\n', encoding="utf-8")
     stub.chmod(0o755)
     path = {**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}"}
-    words = [str(RUN), *filter(None, arguments)]
-    done = subprocess.run(words, cwd=folder, env=path, capture_output=True, text=True, check=False, timeout=60)
+    script = [str(ROOT / "samples" / name / "run")]
+    done = subprocess.run(script, cwd=folder, env=path, capture_output=True, text=True, check=False, timeout=60)
     return done.returncode, done.stdout.splitlines()
