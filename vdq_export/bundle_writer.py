@@ -200,17 +200,32 @@ def scratch(bundle: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def signature_of(model: onnx.ModelProto, timestep: str, *, bare: bool = False) -> Signature:
+def signature_of(
+    model: onnx.ModelProto, timestep: str, *, bare: bool = False, arguments: Sequence[str] = ()
+) -> Signature:
     """Names, types and shapes of a graph's inputs and outputs. Raises BundleError for a dynamic shape.
 
-    bare: what was traced answers with a tensor, and not with something that holds one.
+    bare: what was traced answers with a tensor, and not with something that holds one. arguments: its own, in order.
     """
     initialized = {tensor.name for tensor in model.graph.initializer}
     inputs = tuple(_info(value) for value in model.graph.input if value.name not in initialized)
     if timestep not in {one.name for one in inputs}:
         raise BundleError(f"the graph has no timestep input {timestep!r}")
     outputs = tuple(_info(value) for value in model.graph.output)
-    return Signature(inputs=inputs, outputs=outputs, timestep=timestep, returns="tensor" if bare else "output")
+    return Signature(
+        inputs=inputs,
+        outputs=outputs,
+        timestep=timestep,
+        returns="tensor" if bare else "output",
+        positional=_positional([one.name for one in inputs], arguments),
+    )
+
+
+def _positional(inputs: Sequence[str], arguments: Sequence[str]) -> tuple[str, ...]:
+    """`arguments` up to the last that is an input, then the inputs that are none; () where that is `inputs`."""
+    last = max((at for at, name in enumerate(arguments, 1) if name in inputs), default=0)
+    order = (*arguments[:last], *(name for name in inputs if name not in arguments))
+    return () if order == tuple(inputs) else order
 
 
 def _info(value: onnx.ValueInfoProto) -> TensorInfo:

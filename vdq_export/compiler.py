@@ -248,7 +248,7 @@ def _plan_network(
     roles = hoisting.roles(model.example_inputs, model.timestep_input, constant)
     layers = hoisting.layers(graph, roles) if settings.hoist else {}
     network = Network(graph, record, recipe, spec, expert, limits, layers)
-    signature = signature_of(graph.skeleton()[0], model.timestep_input, bare=graph.bare)
+    signature = signature_of(graph.skeleton()[0], model.timestep_input, bare=graph.bare, arguments=model.arguments())
     parts = []
     with reporter.stage(f"solve {expert}".strip()) as advance:
         bins = recipe.tsw if settings.tsw is None else settings.tsw

@@ -37,12 +37,14 @@ class Signature(_Data, frozen=True):
     """What every bin's graph takes and gives. `timestep` names the input that carries t.
 
     returns: what a call of the traced module answers with: a "tensor", or an "output" that holds it, as diffusers does.
+    positional: the module's arguments in the order of its forward(), where that is not the inputs'; some may be none.
     """
 
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     timestep: str
     returns: Literal["output", "tensor"] = "output"
+    positional: tuple[str, ...] = ()
 
 
 class ModelIdentity(_Data, frozen=True):

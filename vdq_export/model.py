@@ -6,6 +6,7 @@ A module may be an Experts: several networks that take turns along the denoising
 from __future__ import annotations
 
 import hashlib
+import inspect
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -149,6 +150,15 @@ class Model:
             )
             for one in self.experts
         ]
+
+    def arguments(self) -> tuple[str, ...]:
+        """Names of what the network is called with, in the order of its forward(); () where that takes anything.
+
+        Arguments that were given once for all (functools.partial) keep their place.
+        """
+        known = inspect.signature(self.module.forward).parameters.values()
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return tuple(one.name for one in known if one.kind not in variadic)
 
     def limits(self, expert: str) -> tuple[float | None, float | None]:
         """Ends (lo, hi) of an expert's range beyond which another one serves; None where none does."""

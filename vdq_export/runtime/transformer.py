@@ -45,7 +45,7 @@ class Config(dict[str, Any]):
 
 
 class Transformer:
-    """Callable like the module the bundle was made from: keyword (or positional) tensors in, tensor out.
+    """Callable like the module the bundle was made from: tensors by name, or in the order of its forward(); tensor out.
 
     Torch tensors give a torch tensor of the first input's dtype and device, numpy arrays a numpy array. Each sample
     runs on the graph of its timestep and of the guidance branch named by cache_context(). Thread-safe; close() it.
@@ -206,12 +206,14 @@ class Transformer:
 
     def _named(self, values: tuple[Any, ...], named: Mapping[str, Any]) -> dict[str, Any]:
         names = [info.name for info in self._signature.inputs]
-        if len(values) > len(names):
-            raise BundleError(f"called with {len(values)} inputs, the graphs take {', '.join(names)}")
-        inputs, repeated = dict(zip(names, values, strict=False)), dict[str, Any]()
-        for name, value in named.items():
-            if name in inputs:
-                raise BundleError(f"input {name!r} was given twice")
+        order = self._signature.positional or tuple(names)
+        if len(values) > len(order):
+            raise BundleError(f"called with {len(values)} inputs, the module takes {', '.join(order)}")
+        placed = dict(zip(order, values, strict=False))
+        if twice := sorted(placed.keys() & named.keys()):
+            raise BundleError(f"input {twice[0]!r} was given twice")
+        inputs, repeated = dict[str, Any](), dict[str, Any]()
+        for name, value in {**placed, **named}.items():
             if name in names:
                 inputs[name] = value
             elif name in self._fixed:
