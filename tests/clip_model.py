@@ -52,3 +52,8 @@ class Sampler:
 
 def build() -> Model:
     return tiny_model.build(sampler=Sampler(), name="tests.clip_model:build")
+
+
+def other() -> Model:
+    """The same with other weights."""
+    return tiny_model.build(1, sampler=Sampler(), name="tests.clip_model:other")

@@ -69,6 +69,7 @@ LAYERS = {
     "vdq_export.recording": 4,
     "vdq_export.quality": 4,
     "vdq_export.auto": 4,
+    "vdq_export.float_model": 4,
     "vdq_export.verify": 4,
     "vdq_export.devices.verify_openvino": 4,
     "vdq_export.devices.first_difference": 4,

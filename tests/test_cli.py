@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny_model
-from tests.commands import MODEL, assert_one_line, command
+from tests.commands import MODEL, InProcess, assert_one_line, command
 from vdq_export import bundle_writer, cli, compiler
 from vdq_export.bundle import Bundle
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.graph import Graph
 from vdq_export.model import Model
-
-
-class InProcess:
-    """main() in this process on a graph traced once: for what is refused after tracing, and for planted failures."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str], graph: Graph) -> None:
-        self.patch, self.capture = patch, capture
-        patch.setattr(compiler, "trace", lambda model, **_: self.graph.copy())
-        self.graph = graph
-
-    def __call__(self, *arguments: str | Path) -> tuple[int, str, str]:
-        self.patch.setattr(sys, "argv", ["vdq-export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = self.capture.readouterr()
-        return int(str(stopped.value.code)), out, err
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from vdq_export import ort, pipeline, sources, targets
+from vdq_export import float_model, ort, pipeline, sources, targets
 from vdq_export.bundle import Bundle
 from vdq_export.contract import PassContext
 from vdq_export.errors import BundleError, ModelError
@@ -104,19 +104,13 @@ def float_graphs(bundle: Bundle, model: Model, reporter: Reporter) -> Iterator[t
     for expert, network in model.networks():
         with reporter.stage(f"trace {expert}".strip()):
             graph = trace(network, tolerance=bundle.plans[0].recipe.verify.max_float_error)
-        _check_identity(bundle, model, graph.source)
+        float_model.check(bundle, model, model.weight_hash() if model.experts else graph.source)
         pipeline.run_passes(graph, pipeline.canonical(spec.name), PassContext(spec=spec))
         steps = _first_trajectory(network)
         for plan in (p for p in bundle.plans if p.expert == expert):
             floated = graph.copy()
             pipeline.run_passes(floated, pipeline.FLOAT, PassContext(plan, None, spec))
             yield plan, floated, steps
-
-
-def _check_identity(bundle: Bundle, model: Model, traced: str) -> None:
-    found = model.weight_hash() if model.experts else traced
-    if found != bundle.manifest.model.weight_hash:
-        raise ModelError(f"{model.name} has other weights than the model of {bundle.path}", hint="pass its own model")
 
 
 def compare_layers(

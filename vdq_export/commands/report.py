@@ -9,11 +9,11 @@ from typing import Any
 
 import click
 
-from vdq_export import sources
+from vdq_export import float_model
 from vdq_export.bundle import Bundle
 from vdq_export.commands.options import bundle_argument, reporter, verbosity
 from vdq_export.disk import write_whole
-from vdq_export.errors import MissingToolError, ModelError
+from vdq_export.errors import MissingToolError
 from vdq_export.manifest import PAGE, REPORT
 from vdq_export.model import Model
 from vdq_export.progress import Reporter
@@ -75,7 +75,7 @@ def _page(
         raise MissingToolError(what, hint=f"pip install {error.name}") from error
     count = SHOWN if clips is None else clips
     found = bundle.report
-    model = None if found is not None and not count else _model(bundle, name)
+    model = None if found is not None and not count else float_model.find(bundle, name)
     if found is None:
         assert model is not None
         found, made = measure(bundle, model, clips=clips, reporter=told)
@@ -88,14 +88,6 @@ def _page(
         beside = make_clips(other, model, len(content.clips), told) if model is not None and alike else Clips()
         content = replace(content, against=replace(gather(other), clips=_pairs(model, beside, count)))
     return bundle, found.verdict, render(content)
-
-
-def _model(bundle: Bundle, name: str | None) -> Model:
-    """The float model. Raises ModelError where its weights are not those that `bundle` was made from."""
-    model = sources.of_bundle(bundle.manifest.model.name, name)
-    if model.weight_hash() != bundle.manifest.model.weight_hash:
-        raise ModelError(f"{model.name} has other weights than the model of {bundle.path}", hint="pass its own model")
-    return model
 
 
 def _pairs(model: Model | None, made: Clips, count: int) -> tuple[Any, ...]:

@@ -7,12 +7,11 @@ from pathlib import Path
 import click
 import msgspec
 
-from vdq_export import sources
+from vdq_export import float_model
 from vdq_export.bundle import Bundle
 from vdq_export.commands import complete
 from vdq_export.commands.options import bundle_argument, machine_readable, reporter, verbosity
 from vdq_export.drawing.clips import side_by_side
-from vdq_export.errors import ModelError
 from vdq_export.runtime.providers import RECIPES, choose
 from vdq_export.verify import make_clips
 
@@ -48,9 +47,8 @@ def run_command(
     if policy is not None:
         opened.schedule.with_policy(policy)  # a bad one is refused before the model is loaded
     choose(providers, opened)  # and so is a provider that is not installed
-    source = sources.of_bundle(opened.manifest.model.name, model)
-    if source.sampler is None:
-        raise ModelError(f"{source.name} has no sampler", hint="give the Model one to generate clips with it")
+    source = float_model.find(opened, model, clips=True)
+    assert source.sampler is not None
     made = make_clips(opened, source, clips, reporter(verbose, quiet), policy=policy, providers=providers)
     labels = [source.sampler.describe(case) for case in range(clips)]
     paths = side_by_side(made.reference, made.quantized, labels, out)

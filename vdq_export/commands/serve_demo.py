@@ -7,10 +7,9 @@ from pathlib import Path
 
 import click
 
-from vdq_export import sources
+from vdq_export import float_model
 from vdq_export.bundle import Bundle
 from vdq_export.commands.options import bundle_argument
-from vdq_export.errors import ModelError
 from vdq_export.host import case
 from vdq_export.host.server import DemoServer, find_runtime
 
@@ -30,9 +29,8 @@ def serve_demo_command(bundle: Path, model: str | None, port: int, runtime: Path
     opened = Bundle.open(bundle)
     case.check(opened)
     folder = runtime or find_runtime(Path.cwd())
-    source = sources.of_bundle(opened.manifest.model.name, model)
-    if source.sampler is None:
-        raise ModelError(f"{source.name} has no sampler", hint="give the Model one to generate clips with it")
+    source = float_model.find(opened, model, clips=True)
+    assert source.sampler is not None
     with DemoServer(opened, source.sampler, folder, port) as server:
         click.echo(f"{server.address} (Ctrl-C ends it)")
         if not no_open:

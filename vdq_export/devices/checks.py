@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from vdq_export import sources
 from vdq_export.bundle import Bundle
 from vdq_export.devices.first_difference import MARGIN_DB
 from vdq_export.errors import ModelError
@@ -52,14 +51,6 @@ class Noise:
             "agreement_db": bounded_db(self.signal, self.between),
             "run_seconds": float(np.mean(self.seconds)),
         }
-
-
-def measured_model(bundle: Bundle, model: Model | str | None) -> Model:
-    """The float model to compare with, by default the one the manifest names. Raises ModelError for another one."""
-    found = sources.of_bundle(bundle.manifest.model.name, model)
-    if found.weight_hash() != bundle.manifest.model.weight_hash:
-        raise ModelError(f"{found.name} has other weights than the model of {bundle.path}", hint="pass its own model")
-    return found
 
 
 def calls_by_bin(bundle: Bundle, model: Model, count: int) -> dict[int, list[Step]]:

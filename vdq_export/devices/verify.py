@@ -20,7 +20,7 @@ import numpy as np
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnxruntime import InferenceSession as Session
 
-from vdq_export import ort
+from vdq_export import float_model, ort
 from vdq_export.bundle import Bundle
 from vdq_export.devices.checks import (
     NEGLIGIBLE_DB,
@@ -28,7 +28,6 @@ from vdq_export.devices.checks import (
     bin_failures,
     calls_by_bin,
     inputs_of,
-    measured_model,
     verdict,
 )
 from vdq_export.devices.first_difference import bisect
@@ -75,7 +74,7 @@ def verify_device(
     """
     reporter = reporter or Reporter()
     hexagon.provider_options(choices.arch)
-    model = measured_model(bundle, model)
+    model = float_model.find(bundle, model)
     calls = calls_by_bin(bundle, model, choices.steps)
     found: list[DeviceBin] = []
     layers: list[LayerQuality] = []

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from vdq_export import ort
+from vdq_export import float_model, ort
 from vdq_export.bundle import Bundle
-from vdq_export.devices.checks import Noise, bin_failures, calls_by_bin, inputs_of, measured_model, verdict
+from vdq_export.devices.checks import Noise, bin_failures, calls_by_bin, inputs_of, verdict
 from vdq_export.graph import Graph
 from vdq_export.model import Model, Step
 from vdq_export.progress import Reporter
@@ -48,7 +48,7 @@ def verify_gpu(
     """
     reporter = reporter or Reporter()
     on = checked("cuda" if device == "cuda" else "cpu", dtype)
-    model = measured_model(bundle, model)
+    model = float_model.find(bundle, model)
     calls = calls_by_bin(bundle, model, steps)
     found: list[DeviceBin] = []
     layers: list[LayerQuality] = []

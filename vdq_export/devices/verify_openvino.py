@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vdq_export import ort, sources, targets
+from vdq_export import float_model, ort, targets
 from vdq_export.bundle import Bundle
 from vdq_export.devices import openvino_runtime
 from vdq_export.graph import Array, Graph
@@ -60,7 +60,7 @@ def compare(
     model: the float model; by default the one the manifest names. Raises MissingToolError without openvino,
     CompileError when it refuses a graph.
     """
-    model = sources.of_bundle(bundle.manifest.model.name, model)
+    model = float_model.find(bundle, model)
     results = []
     for expert, network in model.networks():
         trajectory = next(iter(network.iter_trajectories()))
