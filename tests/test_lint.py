@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import qnn_cases
+from tests import hoisted_bundle, qnn_cases
 from tests.commands import assert_one_line, command
 from tests.lint_cases import MATMUL, RELU, Made, linear, product, unary
 from tests.qdq_models import Builder
@@ -220,6 +220,13 @@ def test_a_hand_off_bundle_has_no_findings(tmp_path: Path) -> None:
     """Blocks that test_qnn_compile.py has the compiler take; two bins, the profile from the manifest."""
     report = lint_bundle(qnn_cases.write(tmp_path / "bundle"))
     assert (report.profile, report.findings, len(report.graphs)) == ("qnn-v75", (), 2)
+
+
+def test_what_runs_ahead_of_the_bins_is_not_asked(tmp_path: Path) -> None:
+    """It runs on the CPU, in float: asked, each `export --target qnn` of a model with a prompt would fail."""
+    bundle = hoisted_bundle.write(tmp_path / "bundle", hoisted_bundle.Kind(with_probe=True))
+    assert any("prompt" in one.path for one in bundle.manifest.files)
+    assert lint_bundle(bundle, "qnn-v75").graphs == tuple(one.graph for one in bundle.schedule.bins)
 
 
 def test_a_target_without_hand_off_has_no_profile(tmp_path: Path) -> None:

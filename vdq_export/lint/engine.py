@@ -52,15 +52,13 @@ def lint_file(path: Path, profile: str) -> LintReport:
 
 
 def lint_bundle(bundle: Bundle, profile: str | None = None) -> LintReport:
-    """Lint every graph of a bundle that goes to the consumer; the bundle's target says which, unless `profile` does."""
+    """Lint the graphs of a bundle that go to the consumer; the bundle's target says which one, unless `profile` does.
+
+    Those are the bins'. What runs ahead of them (prompt, step, probes) runs on the CPU.
+    """
     chosen = profile or table.default_profile(bundle.manifest.target, bundle.manifest.isa)
     paths = dict.fromkeys(one.graph for one in bundle.schedule.bins)
-    paths |= dict.fromkeys(e.path for e in bundle.manifest.files if e.path.startswith("graphs/") and _onnx(e.path))
     return lint_graphs({path: Graph.load(bundle.path / path) for path in paths}, chosen)
-
-
-def _onnx(path: str) -> bool:
-    return path.endswith(".onnx")
 
 
 def _finding(rule: table.Rule, hit: checks.Hit, files: list[str]) -> Finding:
