@@ -7,6 +7,7 @@ command's own parser, so that an option, a recipe or a target that is not there 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import sys
@@ -17,6 +18,7 @@ import click
 import pytest
 
 from docs.site import pages, readme, recipes
+from docs.site.hooks import home
 from tests.docs_pages import DOCS, PAGES, ROOT, SHELLS, blocks, broken_links, commands, differences, name, ours
 from vdq_export import recipe, targets
 from vdq_export.cli import cli, main
@@ -61,6 +63,7 @@ PROGRAMS = {
     **dict.fromkeys(("qairt-converter", "qairt-quantizer", "qnn-context-binary-generator"), "Qualcomm's SDK"),
 }
 ENDS_WITH_ONE = {"diff", "lint"}  # there is something to say, so these exit with 1
+_RECIPE = ("Recipe", "Keep", "Override")  # types in the schema of the manifest that docs/recipes.md describes
 _HOST = re.compile(r"host=\$\(")
 
 
@@ -249,6 +252,26 @@ def test_keys_in_the_example_schedule_are_those_of_the_schema() -> None:
     keys = set(re.findall(r'"(\w+)":', example)) - {"name", "shift", "guidance"}  # the sampler's own settings
     assert len(keys) > 12
     assert [key for key in sorted(keys) if f'"{key}"' not in schema] == []
+
+
+def test_every_key_of_manifest_and_schedule_is_in_the_specification() -> None:
+    text = re.sub(r"```.*?```", "", (DOCS / "bundle-format.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    named = {word for code in re.findall(r"`([^`]+)`", text) for word in re.findall(r"\w+", code)}
+    for file, others in (("manifest", _RECIPE), ("schedule", ())):
+        held = json.loads((ROOT / f"vdq_export/schemas/{file}.schema.json").read_text(encoding="utf-8"))["$defs"]
+        keys = {key for kind, one in held.items() if not kind.endswith(others) for key in one["properties"]}
+        assert len(keys) > 15 and sorted(keys - named) == []
+
+
+def test_links_to_sources_lead_to_their_pages_on_the_site() -> None:
+    made = {
+        "passes/smoothing.py": "passes/smoothing.md",
+        "calib/gptq.py": "stages/gptq.md",
+        "vdq_export/schemas": "reference/schemas.md",
+        "benchmarks/results/speed.md": "results/speed.md",
+    }
+    assert {place: home(place) for place in made} == made
+    assert set(made.values()) <= pages.places() and home("vdq_export/compiler.py") == ""
 
 
 # -- the tests themselves ----------------------------------------------------------------------------------------------

@@ -20,8 +20,17 @@ from docs.site import pages
 _LINK = re.compile(r"\[([^\]]+)\]\(((?:\.\./)+[\w./-]+?)(#[\w.-]+)?\)")
 _BARS = re.compile(r"(?<=[| ,])`([^`\n]*\\\|[^`\n]*)`")
 _FETCHED = re.compile(r"<(?:script|img|iframe|source)[^>]*src=.https?:[^>]*>|<link[^>]*stylesheet[^>]*https?:[^>]*>")
-_HOMES = {"benchmarks/results/": "results/", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changes.md"}
-_HOMES |= {"docs/": ""}
+_HOMES = (  # of the repository's files and folders, where they have a page
+    (r"(passes|targets)/(\w+)\.py", r"\1/\2.md"),
+    (r"calib/(\w+)\.py", r"stages/\1.md"),
+    (r"benchmarks/(results/.+)", r"\1"),
+    (r"docs/(.+)", r"\1"),
+    ("passes", "passes.md"),
+    ("vdq_export/commands", "reference/commands.md"),
+    ("vdq_export/schemas", "reference/schemas.md"),
+    (r"CONTRIBUTING\.md", "contributing.md"),
+    (r"CHANGELOG\.md", "changes.md"),
+)
 
 
 def on_config(config: Any) -> Any:
@@ -55,14 +64,20 @@ def on_page_markdown(markdown: str, page: Page, config: Any, files: Files) -> st
 
     def turned(found: re.Match[str]) -> str:
         place = os.path.normpath(Path(source) / found[2])
-        for before, after in _HOMES.items():
-            if place.startswith(before):
-                return f"[{found[1]}]({os.path.relpath(after + place.removeprefix(before), here)}{found[3] or ''})"
-        return f"{found[1]} (`{place}`)"
+        page = home(place)
+        return f"[{found[1]}]({os.path.relpath(page, here)}{found[3] or ''})" if page else f"{found[1]} (`{place}`)"
 
     if _top(page):  # files of the root: their links begin with docs/
         markdown = re.sub(r"\]\(docs/", "](", markdown)
     return _BARS.sub(_with_bars, _LINK.sub(turned, markdown))
+
+
+def home(place: str) -> str:
+    """The site's page of a file or folder of the repository; "" where it has none."""
+    for pattern, page in _HOMES:
+        if found := re.fullmatch(pattern, place):
+            return found.expand(page)
+    return ""
 
 
 def _with_bars(found: re.Match[str]) -> str:
