@@ -34,8 +34,9 @@ class TensorInfo(_Data, frozen=True):
 
 
 class Signature(_Data, frozen=True):
-    """What every bin's graph takes and gives. `timestep` names the input that carries t.
+    """What the whole model takes and gives; a bin's graph may take less of it, and values that ran ahead of it.
 
+    timestep: the input that carries t.
     returns: what a call of the traced module answers with: a "tensor", or an "output" that holds it, as diffusers does.
     positional: the module's arguments in the order of its forward(), where that is not the inputs'; some may be none.
     """
