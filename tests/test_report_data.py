@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from onnx import TensorProto, helper
-from PIL import Image
 
 from tests import tiny_bundle
 from vdq_export import recipe as recipes
@@ -21,8 +18,8 @@ from vdq_export.errors import BundleError
 from vdq_export.manifest import PAGE
 from vdq_export.model import Step
 from vdq_export.plan import Bin, LayerPlan, QuantPlan, Range, Rotation, Smoothing, WeightPlan
-from vdq_export.report import costs, ranges, sprites
-from vdq_export.report.content import ClipPair, gather
+from vdq_export.report import costs, ranges
+from vdq_export.report.content import gather
 from vdq_export.report.data import StepError
 from vdq_export.report.growth import Growth, mean
 from vdq_export.report.page import render
@@ -97,7 +94,7 @@ def test_passes_keep_their_order_their_words_and_their_places() -> None:
     report = PassesReport.of([first, second])
     assert PassesReport.from_json(report.to_json()) == report
     assert [one.name for one in report.passes] == ["smoothing", "qdq"]
-    assert (report.place_of("x"), report.place_of("d")) == ("place 3 for a, b", "")
+    assert report.places("") == {"x": "place 3 for a, b", "x/y": "place 1 for c"} and report.places("low") == {}
     assert report.passes[1].skipped[0].why == "no shape"
     with pytest.raises(BundleError, match=r"passes\.json"):
         PassesReport.from_json(b'{"passes": 3}')
@@ -186,47 +183,6 @@ def test_multiply_adds(op: str, shapes: list[tuple[int, ...]], made: tuple[int, 
 def test_four_bit_weights_take_half_a_byte() -> None:
     assert costs._bytes(TensorProto.INT4, (3, 3)) == 5
     assert costs._bytes(TensorProto.FLOAT16, (3, 3)) == 18
-
-
-def pair(frames: int = 3, height: int = 4, width: int = 6, seed: int = 0) -> ClipPair:
-    noise = np.random.default_rng(seed).random((3, frames, height, width))
-    return ClipPair.of("a", noise, np.clip(noise + 0.02, 0, 1))
-
-
-def picture(panel: sprites.Panel) -> np.ndarray:
-    data = base64.b64decode(panel.address.removeprefix("data:image/png;base64,"))
-    return np.asarray(Image.open(io.BytesIO(data)))
-
-
-def test_clips_are_in_their_pictures_frame_by_frame() -> None:
-    clip = pair()
-    (strip,) = sprites.strips([clip])
-    exact, other, difference = (picture(panel) for panel in strip.panels)
-    assert (strip.frames, strip.shrunk, exact.shape) == (3, 1, (4, 18, 3))
-    assert np.array_equal(exact[:, 6:12], clip.reference[1])
-    assert np.array_equal(other[:, 12:], clip.quantized[2])
-    apart = 4 * np.abs(clip.reference.astype(int) - clip.quantized)
-    assert np.array_equal(difference[:, :6], apart[0]) and apart.max() > 4
-    beside = sprites.strips([clip], [pair(seed=1)])
-    assert len(beside[0].panels) == 5
-    assert len(sprites.strips([clip], [pair(frames=2)])[0].panels) == 3, "of another length: not beside"
-
-
-def test_large_clips_are_shown_smaller_and_say_so() -> None:
-    clip = pair(frames=4, height=64, width=64)
-    whole = sum(len(panel.address) for panel in sprites.strips([clip])[0].panels)
-    (strip,) = sprites.strips([clip], budget=whole // 3)
-    assert strip.shrunk == 2 and sum(len(panel.address) for panel in strip.panels) <= whole // 3
-    mean_of_four = clip.reference[0, :2, :2].mean((0, 1))
-    assert np.abs(picture(strip.panels[0])[0, 0] - mean_of_four).max() <= 0.51
-    long = pair(frames=3, height=2, width=sprites.WIDEST // 2)
-    assert [panel.columns for panel in sprites.strips([long])[0].panels] == [2, 2, 2]
-
-
-def test_a_grey_clip_and_one_that_is_no_number_are_pictures_too() -> None:
-    clip = ClipPair.of("a", np.full((1, 2, 2, 2), 0.5), np.full((1, 2, 2, 2), np.nan))
-    assert clip.reference.shape == (2, 2, 2, 3) and set(clip.reference.flat) == {128}
-    assert clip.psnr_db == -200.0 and set(clip.quantized.flat) == {0}
 
 
 def test_a_bundle_without_a_plan_has_no_page(tmp_path: Path) -> None:

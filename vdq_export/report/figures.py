@@ -147,18 +147,18 @@ def ranges(width: tuple[float, float]) -> Model:
     return _with_legend(plot)
 
 
-def growth(steps: Sequence[StepError], other: Sequence[StepError], edges: Sequence[float]) -> Model:
-    """SQNR of the latents that each step is given, from the first to the last; `other`: of what is compared with."""
+def growth(steps: Sequence[StepError], other: Sequence[StepError], edges: Sequence[float], against: str = "") -> Model:
+    """SQNR of the latents that each step is given, from the first to the last; `other`: of the bundle `against`."""
     times = [one.t for one in (*steps, *other)]
     plot = _figure(
         height=280,
         x_range=Range1d(max(times), min(times) - 0.01 * (max(times) - min(times) or 1.0)),
-        x_axis_label="timestep",
-        y_axis_label="SQNR of the latents, dB",
+        x_axis_label="latent that the step at t is given",
+        y_axis_label="SQNR, dB",
     )
     plot.name = "growth"
     plot.vspan(x=list(edges), line_color=INK, line_dash="dashed", line_alpha=0.5)
-    for found, colour, label in ((steps, BLUE, "this bundle"), (other, ORANGE, "compared with")):
+    for found, colour, label in ((steps, BLUE, "this bundle"), (other, ORANGE, against)):
         if found:
             source = ColumnDataSource({"t": [one.t for one in found], "db": [one.sqnr_db for one in found]})
             plot.line("t", "db", source=source, line_color=colour, line_width=2, legend_label=label)
