@@ -237,6 +237,12 @@ def module_path(node: Node) -> str:
     return str(node.name.rsplit("/", 1)[0])
 
 
+def ruled(graph: Graph, spec: TargetSpec) -> list[str]:
+    """Names that the patterns of a recipe are about: linears, and modules of any operator where all are quantized."""
+    others = [module_path(node) for node in graph.nodes] if spec.every_operator else []
+    return [*(linear.name for linear in graph.linears()), *others]
+
+
 def _range(low: float, high: float, slots: int, grid: Grid) -> Range:
     scale, zero = affine(low, high, grid)
     return Range(lo=min(low, 0.0), hi=max(high, 0.0), scale=scale, zero_point=zero, why=f"min and max, {slots} slots")

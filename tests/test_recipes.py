@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 
 from tests import tiny_model
+from vdq_export import compiler, recipe_rules
 from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
 from vdq_export.compiler import export
-from vdq_export.errors import RecipeError
+from vdq_export.errors import RecipeError, StrictError
 from vdq_export.graph import Array, Graph
 from vdq_export.model import Model
+from vdq_export.progress import Reporter
 from vdq_export.runtime import load
 from vdq_export.verify import verify
 
@@ -232,3 +235,83 @@ def test_a_recipe_with_a_cache_carries_its_probe(tiny: Model, traced: Graph, rec
             with transformer.cache_context(step["branch"]):
                 transformer(**step["inputs"])
         assert transformer.statistics.reused_steps == len(tiny_model.TIMESTEPS) - 2, "first and last always run"
+
+
+# -- what a recipe's author got wrong --------------------------------------------------------------------------------
+
+
+def _file(folder: Path, text: str) -> str:
+    (folder / "own.toml").write_text(f'extends = "wan22-w4a4"\nname = "own"\nsummary = "s"\n{text}', encoding="utf-8")
+    return str(folder / "own.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[weigths]\nbits = 8", "unknown key 'weigths'; did you mean weights or"),
+        ("[weights.gptq]\nblok = 5", "unknown key 'blok' in weights.gptq; did you mean block?"),
+        ("[[keep_float]]\nmatsch = 'a'\nwhy = ''", "unknown key 'matsch' in keep_float; did you mean match?"),
+        ("[weights]\nrange = 'minmx'", "weights.range = 'minmx'; one of minmax, mse, pbq"),
+        ("[weights]\nbits = 5", "weights.bits = 5; one of 4, 6, 8, 16"),
+        ("[smoothing]\nalpha = 'serch'", "smoothing.alpha = 'serch'; one of search, a number"),
+        ("[smoothing]\nalpha = 2.0", "smoothing.alpha: needs a number <= 1.0"),
+        ("[expert.high.weights]\nbts = 8", "unknown key 'bts' in weights; did you mean bits?"),
+    ],
+)
+def test_a_wrong_key_or_value_is_answered_with_the_right_ones(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        recipes.load(_file(tmp_path, text))
+
+
+RULES = """
+[[keep_float]]
+match = "blcks.0.*"
+why = "w"
+[[override]]
+match = "blocks.0.*"
+why = "w"
+weights = 8
+[low_rank]
+match = ["*.ffnn.*"]
+"""
+
+
+def test_own_patterns_that_match_no_layer_are_told(tmp_path: Path) -> None:
+    """Not those that ship with it, which are for many networks."""
+
+    class Heard(Reporter):
+        def warn(self, text: str) -> None:
+            heard.append(text)
+
+    heard: list[str] = []
+    names = [f"blocks.{i}.{name}" for i in range(2) for name in ("attn1.to_q", "ffn.net.0.proj", "ffn.net.2")]
+    own = recipes.load(_file(tmp_path, RULES))
+    recipe_rules.check_matches(own, names, Heard())
+    assert heard == [
+        "recipe own: keep_float 'blcks.0.*' matches no layer; did you mean blocks.0.*?",
+        "recipe own: low_rank '*.ffnn.*' matches no layer; did you mean *.ffn.*?",
+    ]
+    with pytest.raises(StrictError, match="keep_float 'blcks"):
+        recipe_rules.check_matches(own, names, Heard(), strict=True)
+    heard.clear()
+    for name in recipes.names():
+        recipe_rules.check_matches(recipes.load(name), ["nothing"], Heard(), strict=True)
+    assert heard == []
+
+
+def test_an_expert_that_the_model_has_not_is_refused(tmp_path: Path) -> None:
+    own = recipes.load(_file(tmp_path, "[expert.hgh.weights]\nbits = 8"))
+    with pytest.raises(RecipeError, match="moe has no expert 'hgh'; did you mean high"):
+        recipe_rules.check_experts(own, "moe", ["high", "low"])
+    with pytest.raises(RecipeError, match=r"leave \[expert.hgh\] out"):
+        recipe_rules.check_experts(own, "tiny", [""])
+    recipe_rules.check_experts(recipes.load("wan22-w4a4"), "tiny", [""])
+
+
+def test_the_compiler_asks(tiny: Model, traced: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right after the trace, before anything is measured."""
+    monkeypatch.setattr(compiler, "trace", lambda model, **_: traced.copy())
+    with pytest.raises(StrictError, match="blcks"):
+        export(tiny, recipe=_file(tmp_path, RULES), out=tmp_path / "out", strict=True)
+    with pytest.raises(RecipeError, match="has no expert 'hgh'"):
+        export(tiny, recipe=_file(tmp_path, "[expert.hgh]\ntsw = 2"), out=tmp_path / "out")

@@ -25,10 +25,14 @@ class UnknownNameError(VdqError):
     """A target, recipe, sample … that does not exist; carries the nearest names."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        names = sorted(known)
-        near = get_close_matches(name, names, n=3, cutoff=0.4)
-        offered = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
-        super().__init__(f"unknown {kind} {name!r}", hint=offered)
+        super().__init__(f"unknown {kind} {name!r}", hint=nearest(name, known))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to say to somebody who wrote `name`, which is none of `known`."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names)}"
 
 
 class ModelError(VdqError):
@@ -53,6 +57,12 @@ class PlanError(VdqError):
 
 class PassError(VdqError):
     """A graph pass met a graph that breaks its contract."""
+
+
+class StrictError(PassError):
+    """--strict: something was left undone that an export otherwise only tells. The answer is "no", not a failure."""
+
+    exit_code = 1
 
 
 class BundleError(VdqError):

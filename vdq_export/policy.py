@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from vdq_export.errors import ScheduleError, UnknownNameError
 from vdq_export.plan import Precision
+from vdq_export.settings import explain
 
 Pattern = Literal["stp", "itp", "abs", "sba"]
 BOTH: tuple[Precision, ...] = ("low", "high")
@@ -174,7 +175,7 @@ def _made(kind: type[Policy] | type[CachePolicy], given: Mapping[str, Any], part
         # Through convert, so that the bounds of the types hold for texts as they do for files.
         made: Policy | CachePolicy = msgspec.convert({"kind": kind.__struct_config__.tag, **given}, kind)
     except msgspec.ValidationError as error:
-        raise ScheduleError(f"policy {part!r}: {error}") from error
+        raise ScheduleError(f"policy {part!r}: {explain(error, kind)[0]}") from error
     return made
 
 

@@ -14,7 +14,9 @@ import msgspec
 from msgspec import Meta
 
 from vdq_export.errors import RecipeError, UnknownNameError
+from vdq_export.settings import explain
 
+LAST = "<last>"  # in keep_float: the layers behind which there is no other, by the graph
 Alpha = Annotated[float, Meta(ge=0.0, le=1.0)]
 
 
@@ -169,7 +171,7 @@ class AttentionRecipe(_Settings, frozen=True):
 
 
 class Keep(_Settings, frozen=True):
-    """Layers left in float: `match` is a shell pattern over module paths, `why` goes into plan and report.
+    """Layers left in float: `match` is a shell pattern over module paths, or LAST; `why` goes into plan and report.
 
     bins: numbers of the bins in whose graphs they are; () leaves them out of quantization altogether. In some bins
     only, a layer keeps its smoothing, rotation and everything else that was chosen for it.
@@ -275,9 +277,13 @@ def parse(text: str, origin: str = "recipe") -> Recipe:
 
 def _convert(settings: dict[str, Any], origin: str) -> Recipe:
     try:
-        return msgspec.convert(settings, Recipe)
+        recipe = msgspec.convert(settings, Recipe)
     except msgspec.ValidationError as error:
-        raise RecipeError(f"recipe {origin}: {error}", hint="see docs/recipes.md for the keys") from error
+        what, instead = explain(error, Recipe)
+        raise RecipeError(f"recipe {origin}: {what}", hint=instead or "see docs/recipes.md for the keys") from error
+    for expert in recipe.expert:
+        recipe.of_expert(expert)  # raises for what its table has wrong, before hours of work
+    return recipe
 
 
 def _resolve(origin: str, seen: tuple[str, ...]) -> dict[str, Any]:
@@ -302,7 +308,12 @@ def _read(origin: str) -> dict[str, Any]:
     path = Path(origin)
     is_file = path.suffix == ".toml"
     if not is_file and origin not in names():
+        if path.exists():
+            raise RecipeError(f"{origin} is no recipe", hint="a recipe is a file whose name ends in .toml")
         raise UnknownNameError("recipe", origin, names())
+    if is_file and not path.is_file():
+        hint = "without .toml it is the recipe that ships" if path.stem in names() else "see `vdq-export recipes`"
+        raise RecipeError(f"recipe {origin}: no such file", hint=hint)
     source = path if is_file else resources.files("vdq_export").joinpath("recipes", f"{origin}.toml")
     try:
         return tomllib.loads(source.read_text(encoding="utf-8"))

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, urlencode
 import msgspec
 
 from vdq_export.errors import ModelError
+from vdq_export.settings import explain
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -58,4 +59,5 @@ def parse(query: str, spec: str) -> Options:
     try:
         return msgspec.convert(dict(parse_qsl(query)), Options, strict=False)
     except msgspec.ValidationError as error:
-        raise ModelError(f"{spec}: {error}", hint="see vdq-export export --help") from error
+        what, instead = explain(error, Options)
+        raise ModelError(f"{spec}: {what}", hint=instead or "see vdq-export export --help") from error
