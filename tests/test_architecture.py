@@ -18,6 +18,7 @@ LINES, PASS_LINES = 400, 150
 LAYERS = {
     "vdq_export": 0,  # the package itself loads what it names on first use
     "vdq_export.errors": 0,
+    "vdq_export.settings": 0,
     "vdq_export.recipes": 0,
     "vdq_export.schemas": 2,
     "vdq_export.jsonfile": 1,
@@ -39,6 +40,7 @@ LAYERS = {
     "vdq_export.weights.on_demand": 1,
     "vdq_export.experts": 1,
     "vdq_export.model": 1,
+    "vdq_export.steps": 1,
     "vdq_export.weights.learned": 1,
     "vdq_export.graphs.segments": 1,
     "vdq_export.policy": 1,
@@ -61,6 +63,7 @@ LAYERS = {
     "vdq_export.sources._stdit": 2,
     "vdq_export.samples": 2,
     "vdq_export.recipe_toml": 1,
+    "vdq_export.recipe_rules": 3,
     "vdq_export.hoisting.split": 2,
     "vdq_export.planned": 3,
     "vdq_export.hoisting.parts": 4,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from vdq_export import targets
 from vdq_export.bundle_writer import BundleWriter
-from vdq_export.errors import PassError
+from vdq_export.errors import StrictError
 from vdq_export.graph import Graph
 from vdq_export.lint.engine import lint_graphs
 from vdq_export.lint.sarif import to_sarif
@@ -23,7 +23,7 @@ def write(
     """The target's own files, and what lint says of `graphs` {bundle path: the graph there} where it has rules for it.
 
     A target that hands over other graphs than these returns them from its hand_off(): they are linted. Findings are
-    told. Raises PassError with `strict` when one of them is an error.
+    told. Raises StrictError with `strict` when one of them is an error.
     """
     own = getattr(targets.load(spec.name), "hand_off", None)
     if own is not None:
@@ -38,7 +38,7 @@ def write(
         reporter.note(f"  {one.rule} at {one.node}: {one.message}")
     if strict and found.errors:
         first = found.errors[0]
-        raise PassError(
+        raise StrictError(
             f"--strict: lint for {found.profile} has {len(found.errors)} errors, first {first.rule} at {first.node}: "
             f"{first.message}",
             hint=first.fix,
