@@ -24,7 +24,7 @@ from vdq_export.calib.solve import Solved, at_precision, solve
 from vdq_export.calib.step_reuse import learn
 from vdq_export.calib.values import observe_values, plan_values
 from vdq_export.contract import PassContext, PassReport
-from vdq_export.errors import CalibrationError, PassError, RecipeError
+from vdq_export.errors import CalibrationError, RecipeError
 from vdq_export.graph import Graph, is_promise
 from vdq_export.handoff import files as hand_off
 from vdq_export.hoisting import parts as hoisting_parts
@@ -38,6 +38,8 @@ from vdq_export.progress import Reporter, piece
 from vdq_export.recipe import Recipe
 from vdq_export.report import parts as report_parts
 from vdq_export.report import ranges
+from vdq_export.report.networks import network_name
+from vdq_export.report.passes import tell
 from vdq_export.schedule import Schedule
 from vdq_export.target_spec import TargetSpec
 from vdq_export.trace import trace
@@ -65,6 +67,7 @@ class _Settings:
     work: Work | None = None
     traced: Mapping[str, Graph] = field(default_factory=dict)
     dump: Dump | None = None
+    strict: bool = False
     reporter: Reporter = field(default_factory=Reporter)
 
     @property
@@ -166,8 +169,9 @@ def finish(
     reporter = reporter or Reporter()
     reports, graphs = quantize(planned, writer, dump=dump, reporter=reporter)
     hoisted, told = hoisting_parts.write(planned, writer, reporter)
-    _tell(planned.reports + reports + told, strict, reporter)
-    report_parts.write(planned, planned.reports + reports + told, writer)
+    reports = planned.reports + reports + told
+    tell(reports, strict, reporter)
+    report_parts.write(planned, reports, writer)
     if planned.spec.hand_off:
         hand_off.write(writer, graphs, planned.spec, strict=strict, reporter=reporter)
     if (extra := _own_weights(planned)) > 0:
@@ -189,7 +193,7 @@ def quantize(
 ) -> tuple[list[PassReport], dict[str, Graph]]:
     """Carry the plans out: bin-independent passes once a part, then one graph a bin into the bundle.
 
-    Returns what the passes did (of a part's bins, which are alike, the first) and {bundle path: graph}, bin by bin.
+    Returns what the passes did (to bins of a plan that are alike, the first) and {bundle path: graph}, bin by bin.
     """
     own = tuple(targets.load(planned.spec.name).PASSES)
     reports, graphs = list[PassReport](), dict[int, tuple[str, Graph]]()
@@ -198,18 +202,22 @@ def quantize(
         for part in planned.parts:
             shared = dict[frozenset[str], Graph]()  # by the layers in float: bins may differ in them
             for plan in part.plans:
+                known = list[list[PassReport]]()
                 for one in plan.bins:
                     mine, is_first = plan.of_bin(one), not shared
+                    name = f"{plan.name}.{one.name}".strip(".")
                     floating = frozenset(layer.name for layer in mine.layers if not layer.quantized)
                     if floating not in shared:
                         context = PassContext(mine, None, planned.spec, part.tensors)
                         told = _with_integers(part, context, shared, floating, dump if is_first else None)
-                        reports += told if is_first else []
+                        reports += pipeline.of_network(name, told)
                     graph = shared[floating].copy()
                     context = PassContext(mine, one, planned.spec, part.tensors)
                     order = (*pipeline.PER_BIN, *own)
                     made = pipeline.run_passes(graph, order, context, dump=dump if is_first else None)
-                    reports += made if is_first else []
+                    if made not in known:
+                        known.append(made)
+                        reports += pipeline.of_network(name, made)
                     graphs[one.index] = writer.add_graph(f"body.{one.name}", *graph.skeleton()), graph
                     advance(len(graphs), total)
     return reports, dict(graphs[index] for index in sorted(graphs))
@@ -240,7 +248,8 @@ def _plan_network(
     recipe = settings.recipe.of_expert(expert) if expert else settings.recipe
     with reporter.stage(f"trace {expert}".strip()):
         graph = settings.traced[expert] if expert in settings.traced else trace(model)
-    reports = pipeline.run_passes(graph, pipeline.canonical(spec.name), PassContext(spec=spec), dump=dump)
+    told = pipeline.run_passes(graph, pipeline.canonical(spec.name), PassContext(spec=spec), dump=dump)
+    reports = pipeline.of_network(expert, told)
     recipe = learned.adapted(recipe, model.learned)
     record = _record(graph, model, expert, recipe, settings)
     probe = None if recipe.schedule.cache is None else learn(graph, model, store=settings.store)
@@ -257,9 +266,9 @@ def _plan_network(
         for number, one in enumerate(drafts):
             floated = graph.copy()
             told = pipeline.run_passes(floated, pipeline.FLOAT, PassContext(one, None, spec), dump=dump)
-            reports += told if number == 0 else []
-            tell = piece(advance, number, len(drafts))
-            solved = solve(one, floated, record, spec, engine=settings.engine, store=settings.store, progress=tell)
+            reports += pipeline.of_network(network_name(one, drafts), told)
+            done = piece(advance, number, len(drafts))
+            solved = solve(one, floated, record, spec, engine=settings.engine, store=settings.store, progress=done)
             solved = learned.carry(solved, floated, model.learned, spec)
             hoisted = hoisting.split(floated, roles, layers) if settings.hoist else None
             body = floated if hoisted is None else hoisted.body
@@ -338,18 +347,6 @@ def _record(graph: Graph, model: Model, expert: str, recipe: Recipe, settings: _
 def record_path(path: Path | None, expert: str) -> Path | None:
     """The calibration record of one expert, given the name for all of them."""
     return path if path is None or not expert else path.with_suffix(f".{expert}{path.suffix}")
-
-
-def _tell(reports: list[PassReport], strict: bool, reporter: Reporter) -> None:
-    """Print what each pass did; with `strict` a skipped edit is an error."""
-    for report in reports:
-        reporter.note(f"{report.name}: {report.applied} applied, {len(report.skipped)} skipped")
-        for skip in report.skipped:
-            reporter.note(f"  skipped {skip.where}: {skip.why}")
-    skipped = [(r.name, s) for r in reports for s in r.skipped]
-    if strict and skipped:
-        name, first = skipped[0]
-        raise PassError(f"--strict: {len(skipped)} edits skipped, first by {name} at {first.where}: {first.why}")
 
 
 def _sampler_settings(model: Model) -> dict[str, Any]:

@@ -38,12 +38,16 @@ class Skip:
 
 @dataclass
 class PassReport:
-    """What one pass did to one graph: `applied` counts edits, `details` says where each one landed."""
+    """What one pass did to one graph: `applied` counts edits, `details` says where each one landed.
+
+    network: which graph, where a bundle has several: an expert, a bin, a part that was hoisted; pipeline.of_network().
+    """
 
     name: str
     applied: int = 0
     details: list[str] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
+    network: str = ""
 
     def did(self, detail: str) -> None:
         self.applied += 1

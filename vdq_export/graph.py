@@ -27,6 +27,7 @@ from vdq_export.weights.external_data import FOUR_BIT, map_external, of_foreign_
 from vdq_export.weights.promise import Array, Arrays, Lazy, Promise, Unbound, ahead, bound, read, release, unbound
 
 __all__ = ["Array", "Arrays", "Constant", "Graph", "Linear", "Node", "Unbound", "Value", "Variable", "release"]
+OUTPUT = "sample"  # the name of a network's only output in every graph that is traced
 INLINE_BYTES = 1024  # smaller constants stay inside the .onnx file
 # graphsurgeon is untyped; these names say which of its objects is meant.
 Node: TypeAlias = Any

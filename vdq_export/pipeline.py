@@ -5,6 +5,7 @@ from __future__ import annotations
 import pkgutil
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -73,6 +74,11 @@ def run_passes(
         if dump:
             dump(name, graph)
     return reports
+
+
+def of_network(name: str, reports: Sequence[PassReport]) -> list[PassReport]:
+    """The same reports, saying whose they are."""
+    return [replace(one, network=name) for one in reports]
 
 
 def dump_to(folder: Path, wanted: str) -> Callable[[str, Graph], None]:

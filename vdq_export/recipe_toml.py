@@ -16,9 +16,11 @@ _ENTRIES = {"override": Override(match="", why=""), "keep_float": Keep(match="",
 _ALWAYS = {"name", "summary", "match", "why"}
 
 
-def dump(recipe: Recipe) -> str:
-    """Text that recipe.load() reads back as `recipe`."""
-    settings = _differing(msgspec.to_builtins(recipe), msgspec.to_builtins(Recipe(name="", summary="")))
+def dump(recipe: Recipe, whole: Collection[str] = ()) -> str:
+    """Text that recipe.load() reads back as `recipe`. whole: settings and tables written with their defaults too."""
+    given = msgspec.to_builtins(recipe)
+    settings = _differing(given, msgspec.to_builtins(Recipe(name="", summary="")))
+    settings |= {name: given[name] for name in whole}
     for name, default in _ENTRIES.items():
         if name in settings:
             settings[name] = [_differing(one, msgspec.to_builtins(default)) for one in settings[name]]
@@ -46,7 +48,7 @@ def _differing(
     found: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict) and isinstance(default.get(key), dict) and default[key]:
-            value = _differing(value, default[key], always)
+            value = _differing(value, default[key], ())  # a table of its own has a default for `match`
             if value:
                 found[key] = value
         elif key in always or value != default.get(key):

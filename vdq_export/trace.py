@@ -13,9 +13,9 @@ import numpy as np
 
 from vdq_export import ort
 from vdq_export.errors import TraceError
-from vdq_export.graph import Graph, bind
+from vdq_export.graph import OUTPUT, Graph, bind
 from vdq_export.model import Model
-from vdq_export.tracing.exporter import OUTPUT, tidy, to_graph, to_onnx
+from vdq_export.tracing.exporter import tidy, to_graph, to_onnx
 from vdq_export.tracing.weightless import trace_weightless
 from vdq_export.weights.checkpoint import Checkpoint
 

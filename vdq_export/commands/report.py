@@ -85,7 +85,9 @@ def _page(
     content = replace(gather(bundle), verify=found, clips=_pairs(model, made, count))
     if other is not None:
         alike = other.manifest.model.weight_hash == bundle.manifest.model.weight_hash
-        beside = make_clips(other, model, len(content.clips), told) if model is not None and alike else Clips()
+        beside = Clips()
+        if model is not None and alike:
+            beside = make_clips(other, model, len(content.clips), told, reference=made.reference)
         content = replace(content, against=replace(gather(other), clips=_pairs(model, beside, count)))
     return bundle, found.verdict, render(content)
 

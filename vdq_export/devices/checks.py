@@ -117,6 +117,7 @@ def verdict(
         layers=tuple(layers),
         failures=tuple(failures),
         device=device,
+        **made.figures(),
     )
 
 

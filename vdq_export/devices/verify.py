@@ -32,7 +32,7 @@ from vdq_export.devices.checks import (
 )
 from vdq_export.devices.first_difference import bisect
 from vdq_export.errors import CompileError, ModelError
-from vdq_export.graph import Array, Graph
+from vdq_export.graph import OUTPUT, Array, Graph
 from vdq_export.graphs.cut import quantizer, settled
 from vdq_export.model import Model, Step
 from vdq_export.plan import Bin, QuantPlan
@@ -46,7 +46,6 @@ from vdq_export.runtime.probes import Probes
 from vdq_export.runtime.providers import CPU
 from vdq_export.runtime.transformer import Transformer
 from vdq_export.targets.qnn import dump, hexagon
-from vdq_export.tracing.exporter import OUTPUT
 from vdq_export.verify import Clips
 
 

@@ -19,7 +19,7 @@ import torch
 from vdq_export import float_model, ort
 from vdq_export.bundle import Bundle
 from vdq_export.devices.checks import Noise, bin_failures, calls_by_bin, inputs_of, verdict
-from vdq_export.graph import Graph
+from vdq_export.graph import OUTPUT, Graph
 from vdq_export.model import Model, Step
 from vdq_export.progress import Reporter
 from vdq_export.report.data import LayerQuality, VerifyReport
@@ -27,7 +27,6 @@ from vdq_export.report.device import DeviceBin, DeviceReport
 from vdq_export.runtime import load
 from vdq_export.runtime.ahead import Ahead
 from vdq_export.runtime.device import DeviceAhead, DeviceEngine, checked
-from vdq_export.tracing.exporter import OUTPUT
 from vdq_export.verify import Clips, count_kernels
 
 

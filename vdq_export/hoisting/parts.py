@@ -18,6 +18,7 @@ from vdq_export.plan import HoistedPart
 from vdq_export.planned import Part, Planned
 from vdq_export.progress import Reporter
 from vdq_export.report.hoisting import HOISTING, HoistingReport, NetworkReport, Work
+from vdq_export.report.networks import network_name
 from vdq_export.schedule import Hoisted
 from vdq_export.weights import order as weight_order
 
@@ -34,7 +35,7 @@ def write(planned: Planned, writer: BundleWriter, reporter: Reporter) -> tuple[t
     with reporter.stage("hoist") as advance:
         for part in chosen:
             assert part.hoisted is not None
-            name = part_name(part, planned)
+            name = network_name(part.plans[0], planned.plans)
             entries.append(_write(part, name, writer, passes))
             networks.append(_report(part.hoisted, name))
             reporter.note(networks[-1].in_words())
@@ -43,19 +44,12 @@ def write(planned: Planned, writer: BundleWriter, reporter: Reporter) -> tuple[t
     return tuple(entries), passes
 
 
-def part_name(part: Part, planned: Planned) -> str:
-    """ "", or the expert, or the bin that has weights of its own."""
-    plan = part.plans[0]
-    alone = sum(one.plans[0].expert == plan.expert for one in planned.parts) == 1
-    return plan.expert if alone else ".".join(filter(None, (plan.expert, plan.bins[0].name)))
-
-
 def _write(part: Part, name: str, writer: BundleWriter, passes: list[PassReport]) -> Hoisted:
     assert part.hoisted is not None
     paths = dict[HoistedPart, str]()
     for kind, graph in part.hoisted.ahead().items():
         quantized, told = _quantized(graph, part)
-        passes += told
+        passes += pipeline.of_network(f"{kind}.{name}".strip("."), told)
         paths[kind] = writer.add_graph(f"{kind}.{name}" if name else kind, *quantized.skeleton())
     timesteps = tuple(sorted({t for plan in part.plans for one in plan.bins for t in one.steps}, reverse=True))
     tables = ""

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
+from vdq_export.graph import OUTPUT as MEASURED_OUTPUT
 from vdq_export.metrics import LIMIT_DB
 from vdq_export.plan import Bin, LayerPlan
 from vdq_export.report.content import Content
 from vdq_export.report.data import LayerQuality
+from vdq_export.report.networks import network_name
 
 OUTPUT = "network output"
 
@@ -43,18 +45,23 @@ def cells(content: Content) -> list[Cell]:
     found = []
     for plan in content.bundle.plans:
         limit = plan.recipe.verify.min_layer_sqnr_db
+        network = network_name(plan, content.bundle.plans)
+        places = content.passes.places(network) if content.passes else {}
         for one in plan.bins:
             place = plan.place(one)
             for layer in plan.layers:
                 quality = measured.pop((layer.name, one.index), None)
-                found.append(_cell(content, layer.in_bin(place), one, place, quality, limit))
-            found += [_output(one, quality, limit) for quality in _rest(measured, one.index)]
+                found.append(_cell(layer, one, place, quality, limit, _folded(layer, places)))
+            output = measured.pop((MEASURED_OUTPUT, one.index), None)
+            found += [] if output is None else [_output(one, output, limit)]
     return found
 
 
-def _rest(measured: Mapping[tuple[str, int], LayerQuality], index: int) -> list[LayerQuality]:
-    """What verify measured that is no layer: the network's output."""
-    return [quality for (_, bin), quality in measured.items() if bin == index]
+def _folded(layer: LayerPlan, places: Mapping[str, str]) -> str:
+    """Where its smoothing and rotation went; places: of the same set of weights."""
+    if layer.smoothing is None and layer.rotation is None:
+        return "nothing folded"
+    return places.get(layer.value, "not told: made by an earlier version")
 
 
 def _output(one: Bin, quality: LayerQuality, limit: float) -> Cell:
@@ -73,14 +80,8 @@ def _output(one: Bin, quality: LayerQuality, limit: float) -> Cell:
     )
 
 
-def _cell(
-    content: Content,
-    layer: LayerPlan,
-    one: Bin,
-    place: int,
-    quality: LayerQuality | None,
-    limit: float,
-) -> Cell:
+def _cell(whole: LayerPlan, one: Bin, place: int, quality: LayerQuality | None, limit: float, folded: str) -> Cell:
+    layer = whole.in_bin(place)
     span, clip = _range(layer, place)
     return Cell(
         layer=layer.name,
@@ -92,7 +93,7 @@ def _cell(
         clip=clip,
         alpha=f"{layer.smoothing.alpha:g}" if layer.smoothing else "none",
         rank=f"{layer.low_rank.rank} (error {layer.low_rank.error:.3g})" if layer.low_rank else "none",
-        place=(content.passes.place_of(layer.value) if content.passes else "") or "nothing folded",
+        place=folded,
         why=_why(layer),
     )
 

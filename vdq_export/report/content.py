@@ -20,6 +20,8 @@ from vdq_export.report.hoisting import HOISTING, HoistingReport
 from vdq_export.report.passes import PASSES, PassesReport
 from vdq_export.report.ranges import RANGES, RangesReport
 
+DEVICE = "report/device.json"
+
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -43,7 +45,10 @@ class ClipPair:
 
 @dataclass(frozen=True)
 class Content:
-    """One bundle; `against`: another one that it is compared with. What the bundle does not have is None or empty."""
+    """One bundle; `against`: another one that it is compared with. What the bundle does not have is None or empty.
+
+    device: what `verify --device --save` left.
+    """
 
     bundle: Bundle
     verify: VerifyReport | None
@@ -53,6 +58,7 @@ class Content:
     hoisting: HoistingReport | None
     graphs: tuple[GraphCost, ...] = ()
     storage: Storage = field(default_factory=lambda: Storage(parts=()))
+    device: VerifyReport | None = None
     against: Content | None = None
 
 
@@ -68,6 +74,7 @@ def gather(bundle: Bundle) -> Content:
         hoisting=_read(bundle, HOISTING, HoistingReport),
         graphs=graphs,
         storage=storage,
+        device=_read(bundle, DEVICE, VerifyReport),
     )
 
 

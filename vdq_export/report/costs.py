@@ -13,6 +13,7 @@ from vdq_export.bundle import Bundle
 from vdq_export.manifest import PAGE
 
 Extent = tuple[str, int, int]  # file, offset, length
+FOR_PEOPLE = ("hand-off files", "reports, for people", "plan and schedule")  # no device loads them
 _HELD = 1 << 40  # position of the last reader of what a graph gives
 
 
@@ -29,7 +30,6 @@ class GraphCost:
     what: str
     bins: tuple[int, ...]
     nodes: int
-    file_bytes: int
     shared_bytes: int
     own_bytes: int
     multiply_adds: int
@@ -104,7 +104,6 @@ def _read(bundle: Bundle, path: str, what: str, bins: tuple[int, ...]) -> _Read:
         what=what,
         bins=bins,
         nodes=len(graph.node),
-        file_bytes=(bundle.path / path).stat().st_size,
         shared_bytes=0,
         own_bytes=inline,
         multiply_adds=sum(multiply_adds(node, shapes) for node in graph.node),

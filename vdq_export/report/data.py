@@ -23,10 +23,14 @@ class JudgeScores(_Data, frozen=True):
 
 
 class KernelCount(_Data, frozen=True):
-    """Linears planned as integer, and those the runtime's optimised graphs really execute so."""
+    """Linears planned as integer over all bins, and those the runtime's optimised graphs really execute so.
+
+    floating: the others, "LAYER in BIN" each.
+    """
 
     planned: int
     executed: int
+    floating: tuple[str, ...] = ()
 
 
 class LayerQuality(_Data, frozen=True):
@@ -48,8 +52,9 @@ class StepError(_Data, frozen=True):
 
 
 class VerifyReport(_Data, frozen=True):
-    """The verdict, its measurements, and one line for each threshold missed. psnr_db: final clip against float.
+    """The verdict, its measurements, and one line for each threshold missed. psnr_db: final clip against float, mean.
 
+    clips: whole clips behind psnr_db and judge, 0: none, or nobody counted yet. worst_psnr_db: of one of them.
     device: what was measured there with `verify --device`; clips, judge, layers and kernels are then the device's too.
     growth: how the error grows along the clips' trajectories, without the first step, which both start from.
     """
@@ -58,6 +63,8 @@ class VerifyReport(_Data, frozen=True):
     bundle_bytes: int
     integer_kernels: KernelCount
     psnr_db: float | None = None
+    worst_psnr_db: float | None = None
+    clips: int = 0
     judge: JudgeScores | None = None
     layers: tuple[LayerQuality, ...] = ()
     failures: tuple[str, ...] = ()

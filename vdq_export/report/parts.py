@@ -10,9 +10,9 @@ from msgspec.structs import replace
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter
 from vdq_export.contract import PassReport
-from vdq_export.hoisting import parts as hoisting_parts
 from vdq_export.manifest import PAGE
 from vdq_export.planned import Planned
+from vdq_export.report.networks import network_name
 from vdq_export.report.passes import PASSES, PassesReport
 from vdq_export.report.ranges import RANGES, RangesReport
 
@@ -21,7 +21,7 @@ def write(planned: Planned, passes: Sequence[PassReport], writer: BundleWriter) 
     """Write report/passes.json and, where calibration saw anything, report/ranges.json."""
     writer.add_file(PASSES, PassesReport.of(passes).to_json())
     seen = [
-        replace(part.ranges, name=hoisting_parts.part_name(part, planned))
+        replace(part.ranges, name=network_name(part.plans[0], planned.plans))
         for part in planned.parts
         if part.ranges is not None
     ]

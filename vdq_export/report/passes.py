@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import msgspec
 
 from vdq_export.contract import PassReport
-from vdq_export.errors import BundleError
+from vdq_export.errors import BundleError, StrictError
 from vdq_export.jsonfile import decode, encode
+from vdq_export.progress import Reporter
 
 PASSES = "report/passes.json"
 
@@ -26,16 +27,21 @@ class Skipped(_Data, frozen=True):
 
 
 class PassRun(_Data, frozen=True):
-    """One pass over one graph. details: where each of the `applied` edits landed."""
+    """One pass over one graph. details: where each of the `applied` edits landed.
+
+    network: which graph: "" the only float graph, an expert's, "bin03": of a bin with weights of its own, or the first
+    bin of those to which the pass did the same; "prompt", "low.bin03" … Always "" in bundles of earlier versions.
+    """
 
     name: str
     applied: int
+    network: str = ""
     details: tuple[str, ...] = ()
     skipped: tuple[Skipped, ...] = ()
 
 
 class PassesReport(_Data, frozen=True):
-    """The passes in the order in which they ran; of graphs that are alike (the bins of one plan) those of the first."""
+    """The passes in the order in which they ran; of bins of one plan to which they did the same, those of the first."""
 
     passes: tuple[PassRun, ...]
     format: Literal[1] = 1
@@ -48,6 +54,7 @@ class PassesReport(_Data, frozen=True):
                 PassRun(
                     name=one.name,
                     applied=one.applied,
+                    network=one.network,
                     details=tuple(one.details),
                     skipped=tuple(Skipped(where=skip.where, why=skip.why) for skip in one.skipped),
                 )
@@ -55,17 +62,14 @@ class PassesReport(_Data, frozen=True):
             )
         )
 
-    def place_of(self, value: str) -> str:
-        """Where smoothing and rotation of a graph value went, in the passes' own words; "" where neither edited it."""
-        head = f"{value}: "
-        told = [
-            detail.removeprefix(head)
-            for one in self.passes
-            if one.name in ("smoothing", "rotation")
-            for detail in one.details
-            if detail.startswith(head)
-        ]
-        return "; ".join(dict.fromkeys(told))
+    def places(self, network: str) -> dict[str, str]:
+        """{graph value: where its smoothing and rotation went, in the passes' own words}, of one set of weights."""
+        found: dict[str, dict[str, None]] = {}
+        for one in self.passes:
+            if one.name in ("smoothing", "rotation") and one.network == network:
+                for value, _, place in (detail.partition(": ") for detail in one.details):
+                    found.setdefault(value, {})[place] = None
+        return {value: "; ".join(places) for value, places in found.items()}
 
     def to_json(self) -> bytes:
         return encode(self, "passes.json")
@@ -74,3 +78,16 @@ class PassesReport(_Data, frozen=True):
     def from_json(data: bytes, origin: str = PASSES) -> PassesReport:
         """Raises BundleError when `data` is not a report of this format."""
         return decode(data, PassesReport, origin, BundleError)
+
+
+def tell(reports: Sequence[PassReport], strict: bool, reporter: Reporter) -> None:
+    """Print what each pass did; raises StrictError for a skipped edit with `strict`."""
+    for report in reports:
+        name = f"{report.network} {report.name}".strip()
+        reporter.note(f"{name}: {report.applied} applied, {len(report.skipped)} skipped")
+        for skip in report.skipped:
+            reporter.note(f"  skipped {skip.where}: {skip.why}")
+    skipped = [(r.name, s) for r in reports for s in r.skipped]
+    if strict and skipped:
+        name, first = skipped[0]
+        raise StrictError(f"--strict: {len(skipped)} edits skipped, first by {name} at {first.where}: {first.why}")

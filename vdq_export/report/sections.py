@@ -2,229 +2,224 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 import msgspec
 
-from vdq_export.metrics import LIMIT_DB
-from vdq_export.report.cells import OUTPUT
+from vdq_export import recipe_toml
+from vdq_export.metrics import db_text
+from vdq_export.plan import ConstantPlan, Conversion, QuantPlan, ValuePlan
+from vdq_export.recipe import Recipe
 from vdq_export.report.content import Content
-from vdq_export.report.data import LayerQuality, VerifyReport
-from vdq_export.report.hoisting import HoistingReport
+from vdq_export.report.costs import FOR_PEOPLE
+from vdq_export.report.networks import network_name
+from vdq_export.report.passes import PassRun
 
-MOVED = 12  # layers shown of those whose SQNR differs most between two bundles
 SHOWN = 200  # edits of a pass; all of them are in passes.json
-
-
-@dataclass(frozen=True)
-class Check:
-    """One threshold: what is asked, what was measured; ok: None where nothing was."""
-
-    name: str
-    asked: str
-    measured: str
-    ok: bool | None
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One measure of two bundles, as text."""
-
-    name: str
-    this: str
-    other: str
-
-
-@dataclass(frozen=True)
-class Moved:
-    """One layer in two bundles: mean SQNR over its bins, and the difference, dB."""
-
-    layer: str
-    this: float
-    other: float
-
-    @property
-    def change(self) -> float:
-        return self.this - self.other
+EXTREMES = 5  # values shown of those with the narrowest and the widest ranges
+FIRST = ("smoothing", "rotation")  # what somebody who looks at the passes wants to know
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass, runs of the same name and result together."""
+    """One pass; networks: whose graphs it did the same to. more, more_skipped: that are not shown."""
 
     name: str
+    networks: tuple[str, ...]
     applied: int
     details: tuple[str, ...]
     more: int
     skipped: tuple[tuple[str, str], ...]
+    more_skipped: int
+
+    @property
+    def skipped_count(self) -> int:
+        return len(self.skipped) + self.more_skipped
 
 
-def checks(content: Content) -> list[Check]:
-    """The recipe's thresholds in the order in which people ask for them."""
-    wanted, found = content.bundle.plans[0].recipe.verify, content.verify
-    psnr = found.psnr_db if found else None
-    weakest = _weakest(content)
-    kernels = found.integer_kernels if found else None
-    share = kernels.executed / kernels.planned if kernels and kernels.planned else None
-    rows = [
-        Check("clips against float, PSNR", f"≥ {wanted.min_psnr_db:g} dB", _db(psnr), _least(psnr, wanted.min_psnr_db)),
-        Check(
-            "weakest layer, SQNR",
-            f"≥ {wanted.min_layer_sqnr_db:g} dB",
-            _named(weakest),
-            _least(weakest.sqnr_db if weakest else None, wanted.min_layer_sqnr_db),
-        ),
-        Check(
-            "planned linears on integer kernels",
-            f"≥ {wanted.min_integer_coverage:.0%}",
-            f"{kernels.executed} of {kernels.planned}" if kernels else "not measured",
-            None if kernels is None else share is None or share >= wanted.min_integer_coverage,
-        ),
-    ]
-    return rows + _judged(found, wanted.max_judge_drop)
+@dataclass(frozen=True)
+class Values:
+    """What is quantized beside the linears: how many of which kind, and (value, bin, type, range) of the extremes."""
 
-
-def _judged(found: VerifyReport | None, allowed: float) -> list[Check]:
-    if found is None or found.judge is None:
-        return []
-    before, after = found.judge.float_, found.judge.quantized
-    return [
-        Check(
-            f"judge: {name}",
-            f"falls by ≤ {allowed:g}",
-            f"{before[name]:.0%} → {after[name]:.0%}",
-            before[name] - after[name] <= allowed + 1e-9,
-        )
-        for name in before
-    ]
-
-
-def _weakest(content: Content) -> LayerQuality | None:
-    measured = _measured(content)
-    return min(measured, key=lambda one: one.sqnr_db) if measured else None
-
-
-def _measured(content: Content) -> list[LayerQuality]:
-    """What verify measured; the network's output, which it calls by the name of the value, is called so."""
-    layers = {layer.name for plan in content.bundle.plans for layer in plan.layers}
-    found = content.verify.layers if content.verify else ()
-    return [one if one.layer in layers else msgspec.structs.replace(one, layer=OUTPUT) for one in found]
-
-
-def _named(found: LayerQuality | None) -> str:
-    if found is None:
-        return "not measured"
-    return f"{_db(found.sqnr_db)}: {found.layer}, bin{found.bin:02d}"
-
-
-def _least(found: float | None, wanted: float) -> bool | None:
-    return None if found is None else found >= wanted
-
-
-def _db(found: float | None) -> str:
-    if found is None:
-        return "not measured"
-    return "no difference" if found >= LIMIT_DB else f"{found:.1f} dB"
+    counts: tuple[str, ...]
+    narrowest: tuple[tuple[str, str, str, str], ...]
+    widest: tuple[tuple[str, str, str, str], ...]
 
 
 def key_figures(content: Content) -> list[tuple[str, str]]:
     """What somebody who decides asks first, beside the verdict."""
     plans = [plan for plan in content.bundle.plans if plan.precision in ("", "low")]
-    layers = [layer for plan in plans for layer in plan.layers]
+    networks = {plan.expert: plan for plan in reversed(plans)}  # bins with weights of their own hold the same layers
+    layers = [layer for plan in networks.values() for layer in plan.layers]
     quantized = sum(layer.quantized for layer in layers)
-    whole = float_bytes(content.hoisting)
-    products = max((one.multiply_adds for one in content.graphs if one.what == "bin"), default=0)
+    whole = float_bytes(content)
+    products = sorted({giga(one): one for one in calls(content)}.items(), key=lambda item: item[1])
     return [
-        ("bundle", megabytes(content.bundle.size)),
+        ("bundle on disk", megabytes(content.bundle.size)),
+        ("of it a device loads", megabytes(loaded_bytes(content))),
         ("float weights", megabytes(whole) if whole else "unknown"),
-        ("clips, PSNR", _db(content.verify.psnr_db if content.verify else None)),
+        ("clips, PSNR", db_text(content.verify.psnr_db if content.verify else None)),
         ("bins", str(len(content.bundle.schedule.bins))),
         ("layers quantized", f"{quantized} of {len(layers)}"),
-        ("a step", f"{giga(products)} multiply-adds"),
+        ("multiply-adds a call", " … ".join(dict.fromkeys((products[0][0], products[-1][0]))) if products else "0"),
     ]
 
 
-def float_bytes(hoisting: HoistingReport | None) -> int:
-    """Of the float weights of all networks; 0 where the bundle does not say."""
-    return sum(one.whole.weight_bytes for one in hoisting.networks) if hoisting else 0
+def calls(content: Content) -> list[int]:
+    """Multiply-adds of one call of the network in each bin: its own graph, and what runs ahead of it at every step."""
+    ahead = {index: one.multiply_adds for one in content.graphs if one.what == "mixed" for index in one.bins}
+    return [one.multiply_adds + ahead.get(i, 0) for one in content.graphs if one.what == "bin" for i in one.bins]
 
 
-def compared(content: Content, other: Content) -> list[Compared]:
-    """Measure by measure, this bundle and the other."""
-    texts = [_facts(content), _facts(other)]
-    names = dict.fromkeys([*texts[0], *texts[1]])
-    return [Compared(name, texts[0].get(name, "–"), texts[1].get(name, "–")) for name in names]
+def loaded_bytes(content: Content) -> int:
+    """Of the graphs, weights, tables and compiled contexts: what is for people or another toolchain stays behind."""
+    return sum(count for name, count in content.storage.parts if name not in FOR_PEOPLE)
 
 
-def _facts(content: Content) -> dict[str, str]:
-    found, bundle = content.verify, content.bundle
-    weakest = _weakest(content)
-    steps = [one for one in content.graphs if one.what == "bin"]
-    facts = {
-        "model": bundle.manifest.model.name,
-        "target": f"{bundle.manifest.target} ({bundle.manifest.isa})",
-        "recipe": bundle.plans[0].recipe.name,
-        "verdict": found.verdict if found else "not measured",
-        "clips, PSNR": _db(found.psnr_db if found else None),
-        "weakest layer": f"{_db(weakest.sqnr_db)}, {weakest.layer}, bin{weakest.bin:02d}"
-        if weakest
-        else "not measured",
-        "integer kernels": f"{found.integer_kernels.executed} of {found.integer_kernels.planned}" if found else "–",
-        "bundle": megabytes(bundle.size),
-        "bins": str(len(bundle.schedule.bins)),
-        "multiply-adds a step": giga(max((one.multiply_adds for one in steps), default=0)),
-        "values alive at once": megabytes(max((one.peak_bytes for one in steps), default=0)),
-    }
-    judged = _judged(found, 1.0)
-    return facts | {one.name: one.measured for one in judged}
+def float_bytes(content: Content) -> int:
+    """Of the float weights of all experts; bins with weights of their own have the same ones. 0 where unknown."""
+    plans = content.bundle.plans
+    experts = {network_name(plan, plans): plan.expert for plan in plans}
+    found: dict[str, int] = {}
+    for one in content.hoisting.networks if content.hoisting else ():
+        expert = experts.get(one.name, one.name)
+        found[expert] = max(found.get(expert, 0), one.whole.weight_bytes)
+    return sum(found.values())
 
 
-def moved(content: Content, other: Content) -> list[Moved]:
-    """The layers whose SQNR differs most, this bundle's losses first."""
-    this, that = _means(_measured(content)), _means(_measured(other))
-    found = [Moved(name, this[name], that[name]) for name in this if name in that]
-    largest = sorted(found, key=lambda one: -abs(one.change))[:MOVED]
-    return sorted(largest, key=lambda one: one.change)
+def hoisted(content: Content) -> list[str]:
+    """A line for each set of weights; sets of which the same is true share theirs."""
+    lines: dict[str, list[str]] = {}
+    networks = content.hoisting.networks if content.hoisting else ()
+    for one in networks:
+        lines.setdefault(msgspec.structs.replace(one, name="").in_words(), []).append(one.name)
+    first = {one.name: one for one in reversed(networks)}
+    return [msgspec.structs.replace(first[names[0]], name=", ".join(names)).in_words() for names in lines.values()]
 
 
-def _means(found: Iterable[LayerQuality]) -> Mapping[str, float]:
-    layers: dict[str, list[float]] = {}
-    for one in found:
-        layers.setdefault(one.layer, []).append(one.sqnr_db)
-    return {name: fmean(numbers) for name, numbers in layers.items()}
+def float_graphs(content: Content) -> list[tuple[str, str]]:
+    """(expert, hash) of each float graph that was quantized."""
+    return list(dict.fromkeys((plan.expert, plan.graph_hash) for plan in content.bundle.plans))
+
+
+def recipe_text(content: Content) -> str:
+    """The recipe with what was asked of it: the bins there are, and every threshold."""
+    recipe = content.bundle.manifest.recipe or content.bundle.plans[0].recipe
+    return recipe_toml.dump(_with_bins(recipe, content.bundle.plans), whole=("tsw", "verify"))
+
+
+def _with_bins(recipe: Recipe, plans: Sequence[QuantPlan]) -> Recipe:
+    """The number of bins that every expert got, in place of the recipe's; as it is where they differ in it."""
+    counts = Counter(
+        plan.expert
+        for plan in plans
+        for one in plan.bins
+        if plan.precision in ("", "low") and one.branch in ("any", "cond")
+    )
+    same = set(counts.values())
+    return msgspec.structs.replace(recipe, tsw=same.pop()) if len(same) == 1 else recipe
 
 
 def passes(content: Content) -> list[Pass]:
-    """The passes that did or skipped something, in order."""
-    found = []
+    """The passes that did or skipped something: what was skipped first, then smoothing and rotation, then in order.
+
+    Runs with the same result stand together.
+    """
+    alike: dict[bytes, list[PassRun]] = {}
     for one in content.passes.passes if content.passes else ():
         if one.applied or one.skipped:
-            skipped = tuple((skip.where, skip.why) for skip in one.skipped[:SHOWN])
-            more = max(0, len(one.details) - SHOWN)
-            found.append(Pass(one.name, one.applied, one.details[:SHOWN], more, skipped))
-    return found
+            alike.setdefault(msgspec.json.encode(msgspec.structs.replace(one, network="")), []).append(one)
+    found = []
+    for runs in alike.values():
+        one = runs[0]
+        found.append(
+            Pass(
+                name=one.name,
+                networks=tuple(run.network for run in runs if run.network),
+                applied=one.applied,
+                details=one.details[:SHOWN],
+                more=max(0, len(one.details) - SHOWN),
+                skipped=tuple((skip.where, skip.why) for skip in one.skipped[:SHOWN]),
+                more_skipped=max(0, len(one.skipped) - SHOWN),
+            )
+        )
+    return sorted(found, key=lambda one: (not one.skipped, one.name not in FIRST))
 
 
 def in_float(content: Content) -> list[tuple[str, list[str]]]:
     """(reason, layers) of those that were not quantized, the most frequent reason first."""
-    reasons: dict[str, dict[str, None]] = {}
+    plans = content.bundle.plans
+    names = {id(plan): network_name(plan, plans) for plan in plans}
+    everywhere = {plan.expert: {names[id(one)] for one in plans if one.expert == plan.expert} for plan in plans}
+    reasons: dict[str, dict[tuple[str, str], set[str]]] = {}
+    for plan in plans:
+        told = [(layer.keep_float, layer.name) for layer in plan.layers]
+        told += [
+            (why, f"{layer.name} in {one.name}")
+            for layer in plan.layers
+            for one, why in zip(plan.bins, layer.float_in, strict=False)
+        ]
+        told += [(attention.keep_float, attention.name) for attention in plan.attentions]
+        for why, name in told:
+            if why:
+                reasons.setdefault(why, {}).setdefault((plan.expert, name), set()).add(names[id(plan)])
+
+    def labels(expert: str, name: str, networks: set[str]) -> list[str]:
+        if networks == everywhere[expert]:
+            return [": ".join(filter(None, (expert, name)))]
+        return [f"{network}: {name}" for network in sorted(networks)]
+
+    found = [
+        (why, [x for (e, n), ones in layers.items() for x in labels(e, n, ones)]) for why, layers in reasons.items()
+    ]
+    return sorted(found, key=lambda item: -len(item[1]))
+
+
+def other_values(content: Content) -> Values | None:
+    """What is quantized beside the linears: of attentions, or every value on targets that quantize every operator."""
+    counts = Counter[str]()
+    ranges: list[tuple[float, float, tuple[str, str, str, str]]] = []
     for plan in content.bundle.plans:
-        for layer in plan.layers:
-            told = [(layer.keep_float, layer.name)]
-            told += [(why, f"{layer.name} in {one.name}") for one, why in zip(plan.bins, layer.float_in, strict=False)]
-            for why, name in told:
-                reasons.setdefault(why, {})[name] = None
-        for attention in plan.attentions:
-            reasons.setdefault(attention.keep_float, {})[attention.name] = None
-    named = [(why, list(names)) for why, names in reasons.items() if why]
-    return sorted(named, key=lambda item: -len(item[1]))
+        counts.update(_kinds(plan))
+        for value in plan.values:
+            for one, found in zip(plan.bins, value.ranges, strict=True):
+                text = f"{found.lo:.4g} … {found.hi:.4g}, scale {found.scale:.4g}"
+                ranges.append((found.hi - found.lo, found.scale, (value.name, one.name, value.dtype, text)))
+    if not counts:
+        return None
+    ordered = [row for _, _, row in sorted(ranges)]
+    counted = tuple(f"{count} {kind}" for kind, count in counts.items())
+    narrowest, widest = _of_each_value(ordered), _of_each_value(reversed(ordered))
+    return Values(counted, narrowest, widest)
 
 
-def floating(content: Content) -> list[str]:
-    """What verify says of planned integer linears that run in float."""
-    return [line for line in (content.verify.failures if content.verify else ()) if "run in float" in line]
+def _kinds(plan: QuantPlan) -> Iterable[str]:
+    """What each thing that has a quantizer is, in words."""
+    told: list[tuple[str, Iterable[ValuePlan | Conversion | ConstantPlan]]] = [
+        ("values", plan.values),
+        ("second quantizers of a value", [one for value in plan.values for one in value.conversions]),
+        ("constants", plan.constants),
+    ]
+    found = [f"{what}, {one.dtype}" for what, ones in told for one in ones]
+    operands = [(letter, one) for attention in plan.attentions for letter, one in attention.operands.items()]
+    return found + [f"attention operands {letter}, {one.dtype} a head" for letter, one in operands]
+
+
+def _of_each_value(rows: Iterable[tuple[str, str, str, str]]) -> tuple[tuple[str, str, str, str], ...]:
+    """The first rows of as many values as are shown."""
+    first: dict[str, tuple[str, str, str, str]] = {}
+    for row in rows:
+        first.setdefault(row[0], row)
+        if len(first) == EXTREMES:
+            break
+    return tuple(first.values())
+
+
+def floating(content: Content) -> tuple[str, ...]:
+    """The planned integer linears that run in float, by bin."""
+    return content.verify.integer_kernels.floating if content.verify else ()
 
 
 def megabytes(count: float) -> str:

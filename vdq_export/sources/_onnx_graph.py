@@ -15,9 +15,9 @@ from onnxscript import version_converter
 from onnxscript.optimizer import fold_constants
 
 from vdq_export.errors import ModelError
-from vdq_export.graph import INLINE_BYTES, Array, Graph
+from vdq_export.graph import INLINE_BYTES, OUTPUT, Array, Graph
 from vdq_export.sources import _onnx_names
-from vdq_export.tracing.exporter import OPSET, OUTPUT, left_out
+from vdq_export.tracing.exporter import OPSET, left_out
 
 OLDEST, NEWEST = 18, 23  # opsets that convert to ours
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

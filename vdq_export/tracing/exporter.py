@@ -22,12 +22,11 @@ import torch
 from onnxscript.optimizer import fold_constants
 
 from vdq_export.errors import TraceError
-from vdq_export.graph import INLINE_BYTES, Array, Graph, Unbound
+from vdq_export.graph import INLINE_BYTES, OUTPUT, Array, Graph, Unbound
 from vdq_export.model import first_tensor
 from vdq_export.tracing.program import mended
 
 OPSET = 21
-OUTPUT = "sample"
 PREFIX = "network"  # attribute name of the wrapped module; stripped from every name
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _BARE = "vdq_export.bare"  # of a model's meta: Graph.bare

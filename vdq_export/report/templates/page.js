@@ -54,12 +54,12 @@ function startPlayer() {
   play(count > 1 && !matchMedia("(prefers-reduced-motion: reduce)").matches);
 }
 
-function rangeData(network, value) {
+function rangeData(network, value, boxes) {
   const found = {};
   for (const branch of ["cond", "uncond"]) {
     const data = { t: [], lo: [], hi: [], raw_lo: [], raw_hi: [] };
     network.branch.forEach((one, slot) => {
-      if (one !== branch) return;
+      if (one !== branch || value.lo[slot] === null) return;
       data.t.push(network.t[slot]);
       data.raw_lo.push(value.lo[slot]);
       data.raw_hi.push(value.hi[slot]);
@@ -68,8 +68,8 @@ function rangeData(network, value) {
     });
     found[branch] = data;
   }
-  const column = (index) => value.boxes.map((one) => one[index]);
-  found.boxes = { bin: column(0), left: column(1), right: column(2), lo: column(3), hi: column(4), why: column(5) };
+  const column = (index) => boxes.map((one) => one[index]);
+  found.boxes = { bin: column(0), left: column(1), right: column(2), lo: column(3), hi: column(4), why: column(5), branch: column(6) };
   found.edges = { t: network.edges };
   return found;
 }
@@ -79,26 +79,26 @@ function startRanges(plot) {
   const choices = [];
   for (const network of numbers("range-numbers")) {
     for (const value of network.values) {
-      for (const layer of value.layers) {
+      for (const [layer, none, boxes] of value.layers) {
         const option = new Option(network.name ? `${network.name}: ${layer}` : layer, String(choices.length));
-        choices.push({ network, value });
+        choices.push({ network, value, none, boxes: value.boxes[boxes] });
         choose.add(option);
       }
     }
   }
   const show = () => {
-    const { network, value } = choices[Number(choose.value)];
-    for (const [name, data] of Object.entries(rangeData(network, value))) {
+    const { network, value, none, boxes } = choices[Number(choose.value)];
+    for (const [name, data] of Object.entries(rangeData(network, value, boxes))) {
       plot.document.get_model_by_name(name).data = data;
     }
-    const ends = [value.lo, value.hi, value.afterLo, value.afterHi, ...value.boxes.map((one) => one.slice(3, 5))].flat();
+    const seen = [value.lo, value.hi, value.afterLo, value.afterHi, ...boxes.map((one) => one.slice(3, 5))];
+    const ends = seen.flat().filter((one) => one !== null);
     const [lowest, highest] = [Math.min(...ends), Math.max(...ends)];
     const room = 0.05 * (highest - lowest || 1);
     plot.y_range.setv({ start: lowest - room, end: highest + room });
-    const others = value.layers.length > 1 ? `, read by ${value.layers.join(", ")}` : "";
+    const others = value.layers.length > 1 ? `, read by ${value.layers.map(([name]) => name).join(", ")}` : "";
     const folded = value.afterLo.length ? "" : "; neither smoothed nor rotated";
-    const boxes = value.boxes.length ? "" : "; no static range: its quantizers look at run time";
-    document.getElementById("ranges-note").textContent = `${value.value}${others}${folded}${boxes}`;
+    document.getElementById("ranges-note").textContent = `${value.value}${others}${folded}${none && `; ${none}`}`;
   };
   choose.addEventListener("change", show);
   if (choices.length) show();
