@@ -1,4 +1,4 @@
-"""`python -m tests.typecheck`: mypy --strict over a staged install.
+"""`python -m tests.typecheck`: mypy --strict over a staged install, and over what makes the site.
 
 At the root of the repository mypy would see only vdq_export/ and be falsely content: passes, targets, calib and samples
 become subpackages by installing. How many files it checked is compared with how many there are.
@@ -7,6 +7,7 @@ become subpackages by installing. How many files it checked is compared with how
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         sources, stage = copy_sources(Path(temporary) / "sources"), Path(temporary) / "stage"
         install(sources, stage)
+        shutil.copytree(ROOT / "docs/site", stage / "docs/site")
+        (stage / "docs/__init__.py").touch()
         settings = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
         mypy = [
             sys.executable,
@@ -30,10 +33,12 @@ def main() -> int:
             *settings,
             "-p",
             "vdq_export",
+            "-p",
+            "docs",
         ]
         done = subprocess.run(mypy, cwd=stage, capture_output=True, text=True, check=False)
         print(done.stdout, done.stderr, sep="", end="")
-        present = len(list((stage / "vdq_export").rglob("*.py")))
+        present = sum(len(list((stage / name).rglob("*.py"))) for name in ("vdq_export", "docs"))
     found = re.search(r"(?:checked|found in) (\d+) source files?", done.stdout)
     checked = int(found[1]) if found else 0
     if checked != present:
