@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from vdq_export.graph import OUTPUT as MEASURED_OUTPUT
 from vdq_export.metrics import LIMIT_DB
@@ -14,6 +14,7 @@ from vdq_export.report.data import LayerQuality
 from vdq_export.report.networks import network_name
 
 OUTPUT = "network output"
+REPEATED = ("when", "worst", "numbers", "range", "clip", "alpha", "rank", "place", "why")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,18 @@ def cells(content: Content) -> list[Cell]:
             output = measured.pop((MEASURED_OUTPUT, one.index), None)
             found += [] if output is None else [_output(one, output, limit)]
     return found
+
+
+def columns(found: Sequence[Cell]) -> tuple[dict[str, list[Any]], list[str]]:
+    """(one list a field, texts): of the fields in REPEATED a cell has the number of its text. Most are a layer's or a
+    bin's, and stand once however many bins or layers there are.
+    """
+    numbers: dict[str, int] = {}
+    data = {}
+    for name in Cell.__annotations__:
+        column = [getattr(one, name) for one in found]
+        data[name] = [numbers.setdefault(text, len(numbers)) for text in column] if name in REPEATED else column
+    return data, list(numbers)
 
 
 def _folded(layer: LayerPlan, places: Mapping[str, str]) -> str:

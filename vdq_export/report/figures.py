@@ -17,6 +17,7 @@ from bokeh.models import (
     ColorBar,
     ColumnDataSource,
     CustomJS,
+    CustomJSHover,
     FactorRange,
     HoverTool,
     LinearColorMapper,
@@ -27,7 +28,7 @@ from bokeh.palettes import YlOrRd9, interp_palette
 from bokeh.plotting import figure
 
 from vdq_export.metrics import LIMIT_DB
-from vdq_export.report.cells import Cell
+from vdq_export.report.cells import REPEATED, Cell, columns
 from vdq_export.report.data import StepError
 
 INK, PAPER, UNKNOWN = "#33373d", "#ffffff", "#d7dade"
@@ -68,7 +69,8 @@ def heat_map(cells: Sequence[Cell], threshold_db: float) -> Model:
     known = [one.sqnr_db for one in cells if one.sqnr_db is not None and one.sqnr_db < LIMIT_DB]
     low = min([*known, threshold_db])
     high = max([*known, low + FLOOR_DB])
-    source = ColumnDataSource({name: [getattr(one, name) for one in cells] for name in Cell.__annotations__})
+    data, texts = columns(cells)
+    source, told = ColumnDataSource(data), ColumnDataSource({"text": texts})
     source.data["sqnr_db"] = [float("nan") if one.sqnr_db is None else one.sqnr_db for one in cells]
     source.data["mark"] = ["×" if one.state == "low" else "" for one in cells]
     row = 16 if len(layers) <= FEW_LAYERS else 9
@@ -92,13 +94,15 @@ def heat_map(cells: Sequence[Cell], threshold_db: float) -> Model:
         selection_line_color=INK,
     )
     plot.text("bin", "layer", text="mark", source=source, text_align="center", text_baseline="middle", text_color=PAPER)
-    rows = [("layer", "@layer"), ("bin", "@bin: @when"), ("SQNR", "@sqnr @worst"), ("numbers", "@numbers")]
-    rows += [("range", "@range"), ("clip", "@clip"), ("alpha", "@alpha"), ("rank", "@rank")]
-    rows += [("folded", "@place"), ("why", "@why")]
-    plot.add_tools(HoverTool(renderers=[drawn], tooltips=rows, attachment="vertical"), TapTool(renderers=[drawn]))
-    source.selected.js_on_change(
-        "indices", CustomJS(args={"source": source}, code="showCell(source.data, this.indices)")
-    )
+    rows = [("layer", "@layer"), ("bin", "@bin: @when{custom}"), ("SQNR", "@sqnr @worst{custom}")]
+    rows += [(name, f"@{name}{{custom}}") for name in ("numbers", "range", "clip", "alpha", "rank")]
+    rows += [("folded", "@place{custom}"), ("why", "@why{custom}")]
+    by_number = CustomJSHover(args={"told": told}, code="return told.data.text[value]")
+    tip = HoverTool(renderers=[drawn], tooltips=rows, attachment="vertical")
+    tip.formatters = {f"@{name}": by_number for name in REPEATED}
+    plot.add_tools(tip, TapTool(renderers=[drawn]))
+    code = "showCell(source.data, told.data.text, this.indices)"
+    source.selected.js_on_change("indices", CustomJS(args={"source": source, "told": told}, code=code))
     if known:
         bar = ColorBar(color_mapper=colours, ticker=BasicTicker(desired_num_ticks=5), height=10, title="SQNR, dB")
         bar.background_fill_color = None

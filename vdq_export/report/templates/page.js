@@ -4,7 +4,8 @@
 const numbers = (id) => JSON.parse(document.getElementById(id).textContent);
 const frameMs = 180;
 
-function showCell(data, indices) {
+// texts: what the columns that hold numbers mean.
+function showCell(data, texts, indices) {
   const list = document.getElementById("cell");
   list.replaceChildren();
   list.hidden = indices.length === 0;
@@ -12,7 +13,8 @@ function showCell(data, indices) {
   const names = { layer: "layer", bin: "bin", when: "serves", sqnr: "SQNR", worst: "", numbers: "numbers", range: "range",
     clip: "clip", alpha: "alpha", rank: "rank", place: "folded", why: "why" };
   for (const [field, title] of Object.entries(names)) {
-    const text = data[field][indices[0]];
+    const found = data[field][indices[0]];
+    const text = typeof found === "number" ? texts[found] : found;
     if (!text) continue;
     const term = document.createElement("dt");
     term.textContent = title;
