@@ -22,6 +22,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from vdq_export import onnx_file
 from vdq_export.errors import PassError
 from vdq_export.weights.external_data import FOUR_BIT, map_external, of_foreign_types, placeholder
 from vdq_export.weights.promise import Array, Arrays, Lazy, Promise, Unbound, ahead, bound, read, release, unbound
@@ -93,8 +94,8 @@ class Graph:
 
     @staticmethod
     def load(path: Path) -> Graph:
-        """Read an .onnx file; external data is mapped, not read."""
-        proto = onnx.load(path, load_external_data=False)
+        """Read an .onnx file; external data is mapped, not read. Raises ModelError for what is no such file."""
+        proto = onnx_file.read(path)
         arrays = {}
         for tensor in proto.graph.initializer:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:

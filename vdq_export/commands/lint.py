@@ -11,6 +11,7 @@ from rich.table import Table
 from vdq_export.bundle import Bundle, is_bundle
 from vdq_export.commands import complete
 from vdq_export.commands.options import bundle_argument, machine_readable
+from vdq_export.errors import VdqError
 from vdq_export.lint import LintReport, lint_bundle, lint_file
 from vdq_export.lint.report import Finding
 from vdq_export.lint.sarif import to_sarif
@@ -42,6 +43,8 @@ def lint_command(ctx: click.Context, path: Path, profile: str | None, sarif: Pat
 
 def lint(path: Path, profile: str | None) -> LintReport:
     """Raises VdqError for what is neither a bundle nor a readable .onnx file, and for unknown profiles."""
+    if not path.exists():
+        raise VdqError(f"{path}: no such file or folder", hint="give a bundle or an .onnx file")
     if is_bundle(path) or path.is_dir():
         return lint_bundle(Bundle.open(path, verify_hashes=False), profile)
     if profile is None:

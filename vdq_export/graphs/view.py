@@ -15,9 +15,9 @@ from pathlib import Path
 import networkx as nx
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper
 
+from vdq_export import onnx_file
 from vdq_export.errors import VdqError
 
 CHUNK = 1 << 20
@@ -104,14 +104,7 @@ def load(path: Path, *, root: Path | None = None, digests: Digests | None = None
     remembers hashes of external data, so that graphs sharing a weight store hash it once. Raises VdqError when it is
     no usable graph.
     """
-    if not path.is_file():
-        raise VdqError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}", hint="give an .onnx file")
-    try:
-        proto = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, OSError, ValueError) as error:
-        raise VdqError(f"{path}: not an ONNX file ({error})") from error
-    if not proto.HasField("graph") or not proto.opset_import:
-        raise VdqError(f"{path}: not an ONNX file (no graph in it)")
+    proto = onnx_file.read(path)
     if root is None:
         in_bundle = (path.parent.parent / "manifest.json").is_file()
         root = path.parent.parent if in_bundle else path.parent

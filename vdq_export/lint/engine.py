@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
 from vdq_export.bundle import Bundle
-from vdq_export.errors import VdqError
 from vdq_export.graph import Graph
 from vdq_export.lint import checks, table
 from vdq_export.lint.report import Finding, LintReport, RuleText
@@ -44,11 +41,7 @@ def lint_graphs(graphs: Mapping[str, Graph], profile: str) -> LintReport:
 
 def lint_file(path: Path, profile: str) -> LintReport:
     """Lint one .onnx file. Raises VdqError for what is none."""
-    try:
-        graph = Graph.load(path)
-    except (DecodeError, ValueError) as error:
-        raise VdqError(f"{path}: not an ONNX file ({error})") from error
-    return lint_graphs({path.name: graph}, profile)
+    return lint_graphs({path.name: Graph.load(path)}, profile)
 
 
 def lint_bundle(bundle: Bundle, profile: str | None = None) -> LintReport:

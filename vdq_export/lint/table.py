@@ -126,7 +126,8 @@ def default_profile(target: str, isa: str) -> str:
     for table in tables().values():
         if target in table.targets:
             return f"{table.name}-{isa}" if isa in table.archs else table.profiles[0]
-    raise VdqError(f"no rules for target {target!r}", hint=f"say --for, one of {', '.join(profiles())}")
+    what = f"no rules for target {target!r}: no compiler of somebody else's reads its graphs"
+    raise VdqError(what, hint=f"say --for, one of {', '.join(profiles())}")
 
 
 def has_rules(target: str) -> bool:
