@@ -4,6 +4,9 @@ BIN = .venv/bin
 READY = .venv/.ready
 HOST = tests/host/node_modules/.ready
 
+# The environment alone: .venv/bin/vdq-export, and what tests and site need.
+setup: $(READY)
+
 demo: $(READY)
 	$(BIN)/vdq-export --target ort-int8 --tsw 4 --out demo/bundle --force
 	$(BIN)/vdq-export verify demo/bundle --save
@@ -68,4 +71,4 @@ $(HOST): tests/host/package.json tests/host/package-lock.json
 	.venv-aimet/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/aimet/requirements.txt
 	touch .venv-aimet/.ready
 
-.PHONY: demo docs test test-aimet aimet lint goldens bench bench-fidelity bench-handoff bench-scale clean
+.PHONY: setup demo docs test test-aimet aimet lint goldens bench bench-fidelity bench-handoff bench-scale clean

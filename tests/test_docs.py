@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from docs.site.hooks import home
 from tests.docs_pages import DOCS, PAGES, ROOT, SHELLS, blocks, broken_links, commands, differences, name, ours
 from vdq_export import recipe, targets
 from vdq_export.cli import cli, main
+from vdq_export.plan import QuantPlan
 
 # Pages whose shell and Python blocks are run, up to the heading that is named.
 RUN = {"tutorial.md": "", "bring-your-own-model.md": "### When it does not work", "how-it-works.md": ""}
 # Why the commands of the other pages are parsed only.
 PARSED = {
+    "installation.md": "installs; its own command is doctor",
     "bisect.md": "a bundle that is not good enough; test_back_to_float.py searches one",
     "bring-your-own-model.md": "behind its first section: checkpoints that are not here",
     "calibration-scale.md": "networks that memory does not hold; test_calib_blocks.py exports by segments",
@@ -54,6 +57,8 @@ PARSED = {
 # Programs beside ours in shell blocks of the docs, and why none is run.
 PROGRAMS = {
     "pip": "an installation",
+    "make": "an installation",
+    ".": "an installation",
     "npm": "an installation",
     "python": "benchmarks and tests, checked to exist",
     "node": "test_host_loop.py runs it",
@@ -232,6 +237,23 @@ def test_every_pass_stage_and_page_is_in_the_site() -> None:
         name(page) for page in PAGES if not re.search(rf"[ :]{re.escape(name(page))}$", navigation, re.MULTILINE)
     ]
     assert missing == []
+
+
+def test_every_page_can_be_reached_from_the_first() -> None:
+    text = (DOCS / "index.md").read_text(encoding="utf-8")
+    assert [name(page) for page in PAGES if name(page) != "index.md" and f"({name(page)})" not in text] == []
+
+
+def test_every_extra_is_in_the_installation() -> None:
+    text = (DOCS / "installation.md").read_text(encoding="utf-8")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert [one for one in extras if f"\n| `{one}` |" not in text] == []
+
+
+def test_the_layers_that_the_tutorial_says_stayed_in_float(shared: Path) -> None:
+    plan = QuantPlan.from_json((shared / "bundle/plan.json").read_bytes())
+    floats = [one for one in plan.layers if not one.quantized]
+    assert len(floats) == 6 and [one.name for one in floats if not one.hoisted] == ["proj_out"]
 
 
 def test_every_file_of_a_bundle_is_in_its_specification(shared: Path) -> None:
