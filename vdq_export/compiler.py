@@ -100,8 +100,10 @@ def export(
     tsw: timestep bins: a number, "auto" or "all"; by default the recipe's. recipe: a name, a TOML file, or a Recipe.
     force: replace a bundle at `out`. strict: fail when a pass skipped a planned edit. work: folder of
     finished work, by default "OUT.work" until the bundle is there: an export that was cut short goes on from it.
-    engine: "local", "ray" or "ray://HOST:PORT". page: write report/report.html. choices: what make_plan() takes.
-    Raises VdqError subclasses.
+    engine: "local", "ray" or "ray://HOST:PORT". page: write report/report.html. reporter: who is told of progress and
+    warnings; None: nobody. choices: isa, activations, calibration, hoist …, see make_plan().
+    Raises BundleError for an `out` that is taken or cannot be written, UnknownNameError for names that nobody has,
+    RecipeError, ModelError, TraceError, CalibrationError; StrictError with `strict`.
     """
     reporter = reporter or Reporter()
     place = at_work(out, work=work, engine=engine, workers=choices.get("workers"))
@@ -123,8 +125,11 @@ def make_plan(
     activations: int | Literal["mixed"] | None = None,
     **choices: Any,
 ) -> Planned:
-    """Everything that looks at data.
+    """Trace `model`, calibrate and solve: everything that looks at data. finish() then writes it.
 
+    Raises as export() does.
+
+    recipe, tsw: as export() takes them. isa: what exactly of the target ("avx2", "v75", "fp16"); None: its own choice.
     activations: their bits, by default the target's, or the recipe's where the target has none of its own; "mixed":
     8 in linears and 16 between them, on targets that leave no operator in float.
     choices: optimal_bins; hoist: let what no step changes leave the graphs (docs/hoisting.md); by_blocks: calibrate

@@ -50,8 +50,10 @@ class PassReport:
     network: str = ""
 
     def did(self, detail: str) -> None:
+        """One edit was made; detail: at which layer or node."""
         self.applied += 1
         self.details.append(detail)
 
     def skip(self, where: str, why: str) -> None:
+        """One edit was not made; with --strict that fails the export."""
         self.skipped.append(Skip(where, why))

@@ -51,6 +51,7 @@ class Linear:
 
     @property
     def output(self) -> Variable:
+        """What others read, the bias added: [..., N]."""
         return (self.add or self.matmul).outputs[0]
 
     def read_weight(self) -> Array:
@@ -206,14 +207,17 @@ class Graph:
 
     @property
     def nodes(self) -> list[Node]:
+        """All of them, in the order in which they run; a list of its own."""
         return list(self.gs.nodes)
 
     def constants(self) -> Iterator[Constant]:
+        """Those that a node reads, promised ones too."""
         for tensor in self.gs.tensors().values():
             if isinstance(tensor, gs.Constant):
                 yield tensor
 
     def values(self) -> dict[str, Value]:
+        """Inputs, outputs, constants and everything between, by name."""
         found: dict[str, Value] = self.gs.tensors()
         return found
 
@@ -328,6 +332,7 @@ def absent() -> Variable:
 
 
 def is_constant(tensor: Value) -> bool:
+    """Whether it is a constant of the graph, be its values promised."""
     return isinstance(tensor, gs.Constant)
 
 

@@ -46,7 +46,9 @@ class Sampler(Protocol):
         """Clip number `case`, [C, F, H, W] in [0, 1]; `observer` sees each call before it is made."""
         ...
 
-    def describe(self, case: int) -> str: ...
+    def describe(self, case: int) -> str:
+        """The case in words, for people: its prompt, its seed."""
+        ...
 
     def settings(self) -> dict[str, Any]:
         """Name, steps, shift, guidance …: what the schedule was calibrated for."""
@@ -56,7 +58,9 @@ class Sampler(Protocol):
 class Judge(Protocol):
     """Scores clips without a reference: {measure: fraction right}."""
 
-    def __call__(self, clips: Sequence[np.ndarray], cases: Sequence[int]) -> dict[str, float]: ...
+    def __call__(self, clips: Sequence[np.ndarray], cases: Sequence[int]) -> dict[str, float]:
+        """Of `clips`, [C, F, H, W] in [0, 1] each, made for the sampler's `cases`: {measure: 0 … 1}, more is better."""
+        ...
 
 
 @dataclass

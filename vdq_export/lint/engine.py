@@ -13,7 +13,10 @@ from vdq_export.lint.view import View
 
 
 def lint_graphs(graphs: Mapping[str, Graph], profile: str) -> LintReport:
-    """Findings of the rules of `profile` ("qnn-v75") over graphs by file name."""
+    """Findings of the rules of `profile` ("qnn-v75") over graphs by file name.
+
+    Raises UnknownNameError for a profile that there is not.
+    """
     consumer = table.for_profile(profile)
     asked = [(rule, checks.of_rule(rule)) for rule in consumer.rule]
     where: dict[tuple[str, checks.Hit], list[str]] = {}

@@ -134,6 +134,7 @@ class Transformer:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the latents, as pipelines ask for it."""
         import torch
 
         found = getattr(torch, primary(self._signature).dtype)
@@ -142,6 +143,7 @@ class Transformer:
 
     @property
     def device(self) -> torch.device:
+        """Where the graphs run."""
         import torch
 
         return torch.device(self._engine.device)
@@ -151,6 +153,7 @@ class Transformer:
         return self
 
     def eval(self) -> Transformer:
+        """Nothing to do: graphs know no training."""
         return self
 
     def close(self) -> None:

@@ -48,11 +48,13 @@ class Stored:
 
     @property
     def dtype(self) -> np.dtype[Any]:
+        """Of its bytes in the file."""
         found: np.dtype[Any] = np.dtype(TYPES[self.kind])
         return found
 
     @property
     def nbytes(self) -> int:
+        """Its size in the file."""
         return prod(self.shape) * self.dtype.itemsize
 
     def mapped(self) -> Array:
