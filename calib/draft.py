@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Literal
 
 import numpy as np
@@ -24,8 +25,9 @@ from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.transform import Transform
 from vdq_export.errors import CalibrationError, RecipeError
 from vdq_export.graph import Graph, Linear
+from vdq_export.graphs.last import last_layers
 from vdq_export.plan import Bin, HoistedPart, LayerPlan, QuantPlan, Rotation
-from vdq_export.recipe import Recipe
+from vdq_export.recipe import LAST, Keep, Recipe
 from vdq_export.target_spec import TargetSpec
 from vdq_export.weights.promise import Values
 
@@ -54,6 +56,7 @@ def draft(network: Network, *, tsw: binning.Tsw = 1, optimal_bins: bool = False,
     Raises RecipeError when recipe and target (or tsw and record) contradict each other, CalibrationError when the
     record is of another graph, lacks a value, or has no data where the recipe needs some.
     """
+    network = dataclasses.replace(network, recipe=with_names(network.recipe, network.graph))
     graph, record, recipe, spec = network.graph, network.record, network.recipe, network.spec
     graph_hash = graph.hash()
     record.check(graph_hash)
@@ -97,6 +100,22 @@ def draft(network: Network, *, tsw: binning.Tsw = 1, optimal_bins: bool = False,
         return [plan([one], f"{why}; own weights a bin", mine) for one, mine in zip(bins, every, strict=True)]
     transforms = transforms_of(network, groups, linears, kept, base, _provisional(network, tsw))
     return [plan(*bins_for(transforms), transforms)]
+
+
+def with_names(recipe: Recipe, graph: Graph) -> Recipe:
+    """`recipe` with rules that keep "<last>" in float turned into rules for those layers of `graph` by name.
+
+    Layers that a rule before has by its pattern are left to that one.
+    """
+    rules: list[Keep] = []
+    for rule in recipe.keep_float:
+        if rule.match != LAST:
+            rules.append(rule)
+            continue
+        known = [one.match for one in rules if not one.bins]
+        names = [name for name in last_layers(graph) if not any(fnmatchcase(name, one) for one in known)]
+        rules += [replace(rule, match=escape(name)) for name in names]
+    return replace(recipe, keep_float=tuple(rules))
 
 
 def keep_reason(linear: Linear, recipe: Recipe, spec: TargetSpec, *, hoisted: bool = False) -> str:

@@ -118,7 +118,9 @@ def test_bfloat16_inputs_are_fed_as_the_graph_wants_them() -> None:
     def lower(step: Step) -> None:
         step["inputs"]["x"] = step["inputs"]["x"].to(torch.bfloat16)
 
-    assert observe(cases.graph(), cases.model([cases.steps(1, change=lower)])).calls == 2
+    made = cases.model([cases.steps(1)])
+    made.trajectories = [cases.steps(1, change=lower)]
+    assert observe(cases.graph(), made).calls == 2
 
 
 def test_nan_names_layer_and_timestep() -> None:

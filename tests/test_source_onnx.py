@@ -63,7 +63,7 @@ def test_a_file_becomes_a_bundle(tmp_path: Path) -> None:
     arguments = ("dit.onnx", "--trajectories", "traj", "--timestep-input", "step", "--tsw", "2", "-q", "--out", "b")
     code, out, err = command(*arguments, cwd=tmp_path)
     assert (code, err) == (0, "")
-    assert "2 bins, 19 layers quantized" in out
+    assert "2 bins, 18 layers quantized, 1 in float" in out
     assert Bundle.open(tmp_path / "b").plans[0].layers
     code, out, err = command("verify", "b", cwd=tmp_path)
     assert code == 0, out + err
@@ -112,7 +112,9 @@ def test_weights_beside_the_file_are_mapped(tmp_path: Path) -> None:
 
 def test_the_timestep_is_guessed_or_named(tmp_path: Path) -> None:
     path = files.export(tmp_path / "dit.onnx")
-    assert model_of(path, timestep_input="words").timestep_input == "words"
+    assert model_of(path, timestep_input="step").timestep_input == "step"
+    with pytest.raises(ModelError, match=r"step 0: t is 900, the input 'words' holds .* or --timestep-input"):
+        model_of(path, timestep_input="words")
     with pytest.raises(ModelError, match="no input 'when'"):
         model_of(path, timestep_input="when")
     files.record(tmp_path / "traj", step=torch.tensor([1.0]))

@@ -35,6 +35,10 @@ class Bundle:
     schedule: Schedule
     plans: tuple[QuantPlan, ...]
 
+    def __repr__(self) -> str:
+        what = f"{self.manifest.model.name} for {self.manifest.target}, {len(self.schedule.bins)} bins"
+        return f"<Bundle {self.path}: {what}, {self.size / 1e6:.1f} MB>"
+
     @staticmethod
     def open(path: str | Path, *, verify_hashes: bool = True) -> Bundle:
         """Check and open the bundle at `path`; verify_hashes=False trusts contents and checks sizes only.

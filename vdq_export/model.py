@@ -18,10 +18,12 @@ import torch
 from vdq_export.errors import ModelError, VdqError
 from vdq_export.experts import Expert, Experts
 from vdq_export.graph import Graph
+from vdq_export.steps import checked_trajectories, seen_by
 from vdq_export.weights import on_demand
 from vdq_export.weights.checkpoint import Checkpoint
 from vdq_export.weights.learned import Learned
 
+CLIP_MARGIN = 1e-3  # beyond [0, 1], for rounding
 Tensors = Mapping[str, torch.Tensor]
 Denoiser = Callable[..., Any]  # a transformer: called with the module's keyword inputs, returns a tensor or a tuple
 
@@ -98,6 +100,14 @@ class Model:
         for name, tensor in self.example_inputs.items():
             if not isinstance(tensor, torch.Tensor):
                 raise ModelError(f"example input {name!r} is {type(tensor).__name__}", hint="pass tensors")
+            if tensor.dtype == torch.bfloat16:
+                hint = "calibration and CPU kernels compute in float32: give .float()"
+                raise ModelError(f"example input {name!r} is bfloat16", hint=hint)
+        if isinstance(self.trajectories, Iterator):
+            raise ModelError(
+                f"the trajectories of {self.name} can be read only once",
+                hint="give a list, or the function that makes them",
+            )
         if self.timestep_input not in self.example_inputs:
             raise ModelError(
                 f"no input named {self.timestep_input!r}",
@@ -169,7 +179,9 @@ class Model:
         return self.module.limits(expert) if isinstance(self.module, Experts) else (None, None)
 
     def iter_trajectories(self) -> Iterable[Trajectory]:
-        return self.trajectories() if callable(self.trajectories) else self.trajectories
+        """The trajectories; ModelError, as they are read, for what checked_step() refuses."""
+        every = self.trajectories() if callable(self.trajectories) else self.trajectories
+        return checked_trajectories(every, self.name, self.timestep_input)
 
     def weight_hash(self) -> str:
         """sha256 over names, dtypes, shapes and bytes of the weights, the input signature, and the experts' ranges.
@@ -205,14 +217,15 @@ class Model:
         return self.module
 
     def clip(self, denoiser: Denoiser, case: int, observer: Callable[[Step], None] | None = None) -> np.ndarray:
-        """Clip number `case` that the sampler makes with `denoiser`, [C, F, H, W].
+        """Clip number `case` that the sampler makes with `denoiser`, [C, F, H, W] in [0, 1].
 
-        Raises ModelError where there is no sampler, it fails, or what it makes is no clip.
+        Raises ModelError where there is no sampler, it fails, what it makes is no clip, or what it shows is no step.
         """
         if self.sampler is None:
             raise ModelError(f"{self.name} has no sampler, so there are no clips", hint="give its Model a sampler")
         try:
-            made = np.asarray(self.sampler.generate(denoiser, case, observer))
+            see = seen_by(observer, f"{self.name}: clip {case}", self.timestep_input)
+            made = np.asarray(self.sampler.generate(denoiser, case, see))
         except VdqError:
             raise
         except Exception as error:  # the user's own code
@@ -222,10 +235,16 @@ class Model:
                 f"the sampler of {self.name} failed on clip {case}: {told}",
                 hint="it is called with the network, and with the bundle, which answers as the network does",
             ) from error
-        if made.ndim != 4 or not (made.size and np.issubdtype(made.dtype, np.number)):
+        if made.ndim != 4 or not (made.size and np.issubdtype(made.dtype, np.floating)):
             raise ModelError(
                 f"the sampler of {self.name} made a clip of {made.dtype}{list(made.shape)}",
-                hint="generate() returns numbers [C, F, H, W] in [0, 1]: channels, frames, height, width",
+                hint="generate() returns floats [C, F, H, W] in [0, 1]: channels, frames, height, width"
+                + ("; divide by 255" if made.dtype == np.uint8 else ""),
+            )
+        if not (made.min() >= -CLIP_MARGIN and made.max() <= 1 + CLIP_MARGIN):  # NaN neither
+            raise ModelError(
+                f"the sampler of {self.name} made clip {case} with values from {made.min():g} to {made.max():g}",
+                hint="PSNR is of clips in [0, 1]: map them there, and .clip(0, 1)",
             )
         return made
 

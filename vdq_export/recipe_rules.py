@@ -30,7 +30,7 @@ def check_matches(recipe: Recipe, layers: Iterable[str], reporter: Reporter, *, 
     """Tell each pattern of `recipe` that none of `layers` has; with `strict`, raise StrictError for the first."""
     names = list(dict.fromkeys(layers))
     for what, pattern in _own(recipe):
-        if any(fnmatchcase(name, pattern) for name in names):
+        if pattern == recipes.LAST or any(fnmatchcase(name, pattern) for name in names):
             continue
         near = get_close_matches(pattern, _patterns(names), n=1, cutoff=0.6)
         text = f"recipe {recipe.name}: {what} {pattern!r} matches no layer"

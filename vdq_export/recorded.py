@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from vdq_export.errors import ModelError
 from vdq_export.model import Step, Trajectory
+from vdq_export.steps import checked_step, checked_trajectory
 
 FORMAT = "vdq-trajectory-1"
 SETTINGS = "record.json"  # beside the files: what was recorded
@@ -56,7 +57,13 @@ class _Call(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def save(trajectory: Trajectory, path: Path) -> None:
-    """Write one trajectory."""
+    """Write one trajectory, the calls of one video in their order, as safetensors; equal tensors are stored once.
+
+    Raises ModelError, before anything is written, for what is no list of steps; OSError where it cannot write.
+    """
+    trajectory = checked_trajectory(trajectory, str(path))
+    if not trajectory:
+        raise ModelError(f"{path}: a trajectory without a step", hint="record the calls of one generated video")
     stored: dict[str, torch.Tensor] = {}
     latest: dict[tuple[str, str], str] = {}  # (input, branch) -> its tensor's name at the branch's last step
     calls = []
@@ -121,15 +128,18 @@ def read(path: Path) -> Trajectory:
     steps: list[Step] = [
         {"t": one.t, "branch": one.branch, "inputs": {k: tensors[v] for k, v in one.inputs.items()}} for one in calls
     ]
-    return steps
+    return checked_trajectory(steps, str(path))
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and bool(torch.equal(one, other.detach().cpu()))
 
 
-def check(recorded: Recorded, example: Mapping[str, torch.Tensor], place: Path) -> None:
-    """Every recorded step has the example's inputs, shapes and types. Raises ModelError for the first that has not."""
+def check(recorded: Recorded, example: Mapping[str, torch.Tensor], place: Path, timestep: str) -> None:
+    """Every recorded step has the example's inputs, shapes and types, and in the input `timestep` its t.
+
+    Raises ModelError for the first that has not.
+    """
     wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in example.items()}
     for number, trajectory in enumerate(recorded):
         for index, step in enumerate(trajectory):
@@ -141,6 +151,7 @@ def check(recorded: Recorded, example: Mapping[str, torch.Tensor], place: Path) 
                         f"the model takes {_text(wanted.get(name))}",
                         hint="record at the same --frames, --height and --width",
                     )
+            checked_step(step, f"{place}: trajectory {number}, step {index}", timestep)
 
 
 def _text(signature: tuple[tuple[int, ...], torch.dtype] | None) -> str:

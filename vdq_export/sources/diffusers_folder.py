@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from vdq_export import fixed_arguments, recorded
+from vdq_export.bundle import is_bundle
 from vdq_export.errors import MissingToolError, ModelError
 from vdq_export.experts import Expert, Experts
 from vdq_export.model import Model
@@ -40,6 +41,9 @@ def accepts(spec: str) -> bool:
 def load(spec: str, options: Options) -> Model:
     """The model with static shapes as `options` and the folder say. Raises ModelError for what does not fit."""
     _refuse(options)
+    if is_bundle(Path(spec)):
+        hint = f"vdq-export verify {spec}; report, run and inspect take it, too"
+        raise ModelError(f"{spec} is a bundle, not a model", hint=hint)
     pipeline = _pipeline.read(Path(spec))
     held = None if options.trajectories is None else Recorded(Path(options.trajectories))
     if held is not None:
@@ -101,7 +105,7 @@ def _from_recorded(pipeline: Pipeline, call: _shapes.Call, held: Recorded, metad
     text = {name: tensor for name, tensor in example.items() if name not in ("timestep", *call.latents)}
     zeros = {name: torch.zeros(shape) for name, shape in call.latents.items()}
     wanted = _embeddings.inputs(call, zeros, example["timestep"], text)
-    recorded.check(held, wanted, pipeline.folder)
+    recorded.check(held, wanted, pipeline.folder, "timestep")
     made = _model(pipeline, _module(pipeline), example, held, call, metadata)
     if held.settings is not None:
         try:

@@ -31,7 +31,7 @@ def load(spec: str) -> Model:
         wanted = f"a module, not a file: {module_name.removesuffix('.py')}:{factory_name}"
         hint = wanted if module_name.endswith(".py") else "run where it can be imported"
         raise ModelError(f"{spec}: no module named {error.name!r}", hint=hint) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{spec}: importing {module_name} failed: {_one_line(error)}") from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
@@ -40,7 +40,7 @@ def load(spec: str) -> Model:
         model = factory()
     except VdqError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{spec} failed: {_one_line(error)}", hint="call it in Python to see where") from error
     if not isinstance(model, Model):
         raise ModelError(f"{spec} returned {type(model).__name__}", hint="return a vdq_export.Model")
@@ -53,5 +53,5 @@ def _functions(module: ModuleType) -> list[str]:
     return [name for name in found if getattr(vars(module)[name], "__module__", "") == module.__name__]
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

@@ -46,8 +46,8 @@ def load(spec: str, options: Options) -> Model:
     first = next(iter(recorded))
     example = dict(first[0]["inputs"])
     file = _onnx_graph.read(path, {name: _signature(tensor) for name, tensor in example.items()})
-    check_recorded(recorded, example, Path(options.trajectories))
     timestep = _timestep_input(path, options.timestep_input, recorded)
+    check_recorded(recorded, example, Path(options.trajectories), timestep)
     return Model(
         OnnxNetwork(path, file.output),
         example,
@@ -103,8 +103,7 @@ def _timestep_input(path: Path, chosen: str | None, recorded: Recorded) -> str:
     equal = [
         name
         for name, tensor in inputs.items()
-        if tensor.numel() >= 1
-        and all(bool((step["inputs"][name].double() == float(step["t"])).all()) for step in first if step["t"])
+        if tensor.numel() >= 1 and all(_equals(step["inputs"].get(name), step["t"]) for step in first if step["t"])
     ]
     if len(equal) != 1:
         found = f"several inputs equal it: {', '.join(equal)}" if equal else "no input equals it at every step"
@@ -113,3 +112,7 @@ def _timestep_input(path: Path, chosen: str | None, recorded: Recorded) -> str:
             hint=f"--timestep-input NAME, one of {', '.join(inputs)}",
         )
     return equal[0]
+
+
+def _equals(tensor: torch.Tensor | None, t: float) -> bool:
+    return tensor is not None and bool((tensor.double() == t).all())
