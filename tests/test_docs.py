@@ -52,6 +52,7 @@ PARSED = {
     "report.md": "opens a browser; the tutorial runs it without",
     "resume.md": "kills and clusters; test_resume.py, test_interrupted.py and test_engine_ray.py",
     "size.md": "networks that memory does not hold; test_mapped_export.py exports mapped ones",
+    "troubleshooting.md": "what goes wrong",
     "verify-device.md": "minutes of the emulator; test_verify_device.py runs it",
 }
 # Programs beside ours in shell blocks of the docs, and why none is run.

@@ -138,10 +138,10 @@ def test_pipeline_folders_of_every_class_are_read(class_name: str, tmp_path: Pat
 
 
 def test_the_documented_family_is_complete() -> None:
-    text = (Path(__file__).parents[1] / "docs/families.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs/extend/add-a-family.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     held: dict[str, Any] = {}
-    exec(compile(code, "families.md", "exec"), held)
+    exec(compile(code, "add-a-family.md", "exec"), held)
     family = held["FAMILY"]
     whole = build(family, family.tiny[0])
     assert torch.isfinite(whole(**whole.example_inputs)).all()
