@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
+from rich.console import Console
 
-from tests.commands import InProcess, assert_one_line
+from tests.commands import InProcess, assert_one_line, finish, start
+from vdq_export.bundle import Bundle
+from vdq_export.commands.console import WHOLE
+from vdq_export.commands.export import _text
+from vdq_export.commands.plan import print_plan
 from vdq_export.graph import Graph
+from vdq_export.plan import QuantPlan
 
 
 @pytest.fixture
@@ -37,3 +45,56 @@ def test_what_is_no_graph(command: str, name: str, inside: InProcess, tmp_path: 
 def test_lint_asks_for_what_it_needs(made: Path, inside: InProcess, tmp_path: Path) -> None:
     assert_one_line(inside("lint", tmp_path / "nosuch"), "nosuch: no such file or folder", "give a bundle")
     assert_one_line(inside("lint", made / "bundle"), "no rules for target 'ort-int8'", "--for, one of ", "qnn-v75")
+
+
+@pytest.fixture
+def some_float(made: Path) -> Bundle:
+    """A bundle whose plan has a layer in float in its second bin alone."""
+    bundle = Bundle.open(made / "bundle")
+    layers = list(bundle.plan.layers)
+    place = next(i for i, one in enumerate(layers) if one.name == "blocks.0.attn1.to_v")
+    layers[place] = replace(layers[place], float_in=("", "it is weak there"))
+    return dataclasses.replace(bundle, plans=(replace(bundle.plan, layers=tuple(layers)),))
+
+
+def _told(plan: QuantPlan, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr("vdq_export.commands.plan.console", lambda: Console(width=width, highlight=False))
+    print_plan(plan)
+    return capsys.readouterr().out
+
+
+def test_a_plan_in_a_pipe_has_a_line_a_layer(
+    some_float: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = {line.split()[0]: line for line in _told(some_float.plan, WHOLE, monkeypatch, capsys).splitlines()}
+    assert [layer.name for layer in some_float.plan.layers if layer.name not in lines] == []
+    weak = next(layer for layer in some_float.plan.layers if layer.name == "blocks.0.attn1.to_v")
+    assert f"{weak.activation[0].scale:.3g} float" in lines[weak.name]
+    assert lines[weak.name].rstrip().endswith("bin01: it is weak there")
+    kept = next(layer for layer in some_float.plan.layers if layer.keep_float)
+    assert lines[kept.name].rstrip().endswith(kept.keep_float)
+
+
+def test_a_plan_on_a_narrow_terminal_cuts_no_name(
+    some_float: Bundle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = _told(some_float.plan, 60, monkeypatch, capsys)
+    assert max(map(len, shown.splitlines())) <= 60
+    assert [layer.name for layer in some_float.plan.layers if layer.name not in shown.splitlines()] == []
+    assert "bin01: it is weak there" in " ".join(shown.split())
+
+
+def test_an_export_counts_what_is_in_float_in_some_bins(some_float: Bundle) -> None:
+    assert " in float" in _text(some_float)
+    assert " and 1 (layer, bin) in float" in _text(some_float)
+
+
+def test_whoever_reads_may_stop(made: Path) -> None:
+    """Exit 1 would be an answer."""
+    for how in ([], ["--json"]):
+        process = start("inspect", made / "bundle", *how, cwd=made)
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        code, _, err = finish(process)
+        assert (code, err) == (141, "")

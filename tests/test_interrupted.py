@@ -39,23 +39,31 @@ def wait_for(condition: Callable[[Path], bool], folder: Path, process: subproces
 
 @posix
 @pytest.mark.parametrize(
-    ("condition", "later"),
-    [(partial_there, 0.0), (partial_there, 3.0), (graphs_there, 0.0)],
+    ("condition", "later", "sent"),
+    [
+        (partial_there, 0.0, signal.SIGINT),
+        (partial_there, 3.0, signal.SIGTERM),
+        (graphs_there, 0.0, signal.SIGINT),
+    ],
     ids=["start", "work", "write"],
 )
-def test_ctrl_c_leaves_no_bundle(condition: Callable[[Path], bool], later: float, tmp_path: Path) -> None:
+def test_ctrl_c_and_terminate_leave_no_bundle(
+    condition: Callable[[Path], bool], later: float, sent: signal.Signals, tmp_path: Path
+) -> None:
     process = start(MODEL, "--tsw", "all", "--out", "out", cwd=tmp_path)
     wait_for(condition, tmp_path, process)
     time.sleep(later)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     code, out, err = finish(process)
     if code == 0:  # it had finished before the signal reached it
         Bundle.open(tmp_path / "out")
         return
-    assert (code, out) == (130, "")
-    assert err.strip() == "interrupted; no bundle was written"
+    assert (code, out) == (128 + sent, "")
     left = [place.name for place in tmp_path.iterdir()]
     assert left in ([], ["out.work"]), "at most what is finished, for the next one to go on from"
+    on = "; the same command goes on from out.work" if left else ""
+    word = "interrupted" if sent == signal.SIGINT else "terminated"
+    assert err.strip() == f"{word}; no bundle was written{on}"
 
 
 @posix

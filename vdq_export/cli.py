@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 from click.shell_completion import CompletionItem
@@ -48,6 +52,10 @@ _COMMANDS = {
 }
 
 
+class _ReaderGone(Exception):
+    """Who reads our output has enough, as `head` has. click and rich would exit 1, which is an answer here."""
+
+
 class BareExport(click.Group):
     """A group whose default command is `export`: `vdq-export sample:digits --tsw 4` needs no verb."""
 
@@ -60,6 +68,14 @@ class BareExport(click.Group):
                 _refuse_misspelt_command(args[0])
             args = ["export", *args]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (BrokenPipeError, SystemExit) as error:
+            if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+                raise _ReaderGone from error
+            raise
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -119,30 +135,68 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point: one line per error on stderr, exit code 2; Ctrl-C 130."""
+    """Entry point: one line per error on stderr, exit code 2; Ctrl-C 130, SIGTERM 143."""
     if os.environ.get("_VDQ_EXPORT_COMPLETE", "").startswith("bash"):
         from vdq_export.commands import complete
 
         complete.prepare()
+    with _terminated() as terminated:
+        code = _run(terminated)
+    sys.exit(code)
+
+
+def _run(terminated: Sequence[int]) -> int:
+    """The exit code. terminated: not empty once SIGTERM came."""
     try:
         code = cli.main(prog_name="vdq-export", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
     except click.exceptions.Exit as error:
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; no bundle was written", err=True)
-        code = 130
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt) as error:
+        on = getattr(error.__cause__ or error, "__notes__", [])  # what a command adds to it: how to go on
+        click.echo("; ".join(["terminated" if terminated else "interrupted", *on]), err=True)
+        return 143 if terminated else 130
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         where = f"; see {context.command_path} --help" if context is not None else ""
-        click.echo(f"error: {error.format_message()}{where}", err=True)
-        code = 2
+        click.echo(f"error: {' '.join(error.format_message().split())}{where}", err=True)
+        return 2
     except VdqError as error:
         click.echo(f"error: {error}", err=True)
-        code = error.exit_code
+        return error.exit_code
+    except (_ReaderGone, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # who read us has enough; what is buffered goes nowhere
+        return 141
     except OSError as error:  # a full disk, a folder that may not be written …
         click.echo(f"error: {error}", err=True)
-        code = 2
-    sys.exit(code if isinstance(code, int) else 0)
+        return 2
+    except Exception as error:
+        if {"-v", "-vv", "--verbose"} & set(sys.argv):
+            raise
+        told = " ".join(str(error).split())[:300]
+        click.echo(f"internal error: {type(error).__name__}: {told}; please report it, -v shows where", err=True)
+        return 70
+
+
+@contextmanager
+def _terminated() -> Iterator[list[int]]:
+    """SIGTERM ends this process as Ctrl-C does, so that nothing half made stays; it is noted in the list."""
+    noted: list[int] = []
+    main, here = threading.current_thread() is threading.main_thread(), os.getpid()
+
+    def handle(number: int, _: object) -> None:
+        if os.getpid() != here:  # forked: what this process holds is ours to clear away
+            os._exit(143)
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, handle) if main else None
+    try:
+        yield noted
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ from collections import Counter
 
 import click
 import msgspec
-from rich.console import Console
-from rich.table import Table
 
 from vdq_export import recipe, targets
 from vdq_export.commands import complete
+from vdq_export.commands.console import console, table
 from vdq_export.commands.options import machine_readable
 from vdq_export.sources import registry
 
@@ -23,10 +22,10 @@ def recipes_command(as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(known)).decode())
         return
-    table = Table("recipe", "what it does", "from", box=None)
+    shown = table("recipe", "what it does", "from")
     for one in known:
-        table.add_row(one.name, one.summary, one.source)
-    Console().print(table)
+        shown.add_row(one.name, one.summary, one.source)
+    console().print(shown)
 
 
 @click.command("targets")
@@ -39,13 +38,13 @@ def targets_command(name: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(specs)).decode())
         return
-    console = Console()
+    out = console()
     for spec in specs:
-        console.print(f"[bold]{spec.name}[/bold] ({spec.isa}): {spec.summary}")
-        table = Table("subject", "supported", "detail", "source", box=None)
+        out.print(f"[bold]{spec.name}[/bold] ({spec.isa}): {spec.summary}")
+        shown = table("subject", "supported", "detail", "source")
         for row in spec.table:
-            table.add_row(row.subject, "yes" if row.supported else "no", row.detail, row.source)
-        console.print(table)
+            shown.add_row(row.subject, "yes" if row.supported else "no", row.detail, row.source)
+        out.print(shown)
 
 
 @click.command("families")
@@ -56,13 +55,13 @@ def families_command(as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(known)).decode())
         return
-    console = Console(soft_wrap=True, highlight=False)
+    out = console(soft_wrap=True)
     for one in known:
         tried = ", exported in the tests" if one.tried else ""
-        console.print(f"[bold]{one.name}[/bold]  {one.class_name}: {one.support}{tried}")
+        out.print(f"[bold]{one.name}[/bold]  {one.class_name}: {one.support}{tried}")
         lines = (one.detail, f"published: {', '.join(one.published)}", f"in {', '.join(one.pipelines)}")
         given = (bool(one.detail), bool(one.published), bool(one.pipelines))
         for line in (line for line, is_given in zip(lines, given, strict=True) if is_given):
-            console.print(f"    {line}")
+            out.print(f"    {line}")
     counted = Counter(one.support for one in known)
-    console.print(", ".join(f"{count} {support}" for support, count in counted.items()))
+    out.print(", ".join(f"{count} {support}" for support, count in counted.items()))

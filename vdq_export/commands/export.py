@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
-from rich.console import Console
 
 from vdq_export.commands import complete
+from vdq_export.commands.console import console
 from vdq_export.commands.options import machine_readable, planning, reporter, verbosity
 
 if TYPE_CHECKING:
@@ -54,16 +54,23 @@ def export_command(
 
     dump = None if dump_after is None else pipeline.dump_to(out.with_name(f"{out.name}.passes"), dump_after)
     told = reporter(verbose, quiet)
-    with at_work(out, work=work, engine=engine, workers=choices["workers"]) as place:
-        asked = {**choices, "work": place, "optimal_bins": bins == "optimal"}
-        choices, found = resolve(model, asked, told)
-        bundle = compiler.export(model, out=out, dump=dump, reporter=told, **choices)
+    try:
+        with at_work(out, work=work, engine=engine, workers=choices["workers"]) as place:
+            asked = {**choices, "work": place, "optimal_bins": bins == "optimal"}
+            choices, found = resolve(model, asked, told)
+            bundle = compiler.export(model, out=out, dump=dump, reporter=told, **choices)
+    except KeyboardInterrupt as stopped:
+        kept = work or out.with_name(f"{out.name}.work")
+        stopped.add_note("no bundle was written")
+        if kept.is_dir():
+            stopped.add_note(f"the same command goes on from {kept}")
+        raise
     if as_json:
         searched = {"search": found.builtins()} if found else {}
         click.echo(msgspec.json.encode(_summary(bundle) | searched).decode())
         return
     if found:
-        Console().print(found.table())
+        console().print(found.table())
         click.echo(found.text())
     click.echo(_text(bundle))
 
@@ -84,15 +91,20 @@ def _summary(bundle: Bundle) -> dict[str, Any]:
             for plan in bundle.plans
             for b in plan.bins
         ],
-        "layers": {"quantized": sum(x.quantized for x in layers), "float": sum(not x.quantized for x in layers)},
+        "layers": {
+            "quantized": sum(x.quantized for x in layers),
+            "float": sum(not x.quantized for x in layers),
+            "float_in_bins": sum(bool(why) for x in layers for why in x.float_in),
+        },
     }
 
 
 def _text(bundle: Bundle) -> str:
     facts = _summary(bundle)
     layers = facts["layers"]
+    some = f" and {layers['float_in_bins']} (layer, bin)" if layers["float_in_bins"] else ""
     return (
         f"{facts['bundle']}: {facts['model']} for {facts['target']} ({facts['isa']}), recipe {facts['recipe']}, "
-        f"{len(facts['bins'])} bins, {layers['quantized']} layers quantized, {layers['float']} in float, "
+        f"{len(facts['bins'])} bins, {layers['quantized']} layers quantized, {layers['float']}{some} in float, "
         f"{facts['bytes'] / 1e6:.1f} MB, {facts['weight_bytes'] / 1e6:.1f} MB of them weights"
     )

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from vdq_export import pipeline, targets
+from vdq_export.commands.console import console, table
 from vdq_export.commands.options import bundle_argument
 from vdq_export.inspect import AheadSummary, GraphSummary, Summary, summarize
 from vdq_export.manifest import MANIFEST
@@ -37,7 +37,7 @@ def inspect_command(path: Path, as_json: bool, html: Path | None, block: str | N
     if as_json:
         click.echo(summary.to_json().decode(), nl=False)
     else:
-        print_summary(summary, Console())
+        print_summary(summary, console())
 
 
 def _draw(path: Path, html: Path, block: str | None) -> None:
@@ -58,23 +58,23 @@ def dumped(folder: Path) -> list[tuple[str, Path]]:
     return [(f"hoisting, {name}" if name == first else name, found[name]) for name in order if name in found]
 
 
-def print_summary(summary: Summary, console: Console) -> None:
+def print_summary(summary: Summary, out: Console) -> None:
     made = [text for text in (summary.model, summary.target, summary.recipe) if text]
     title = f"{summary.path}: {summary.what}, {_bytes(summary.size)}"
-    console.print(title + (f" ({', '.join(made)})" if made else ""), markup=False, highlight=False)
-    table = Table("", *(graph.name for graph in summary.graphs), box=None)
+    out.print(title + (f" ({', '.join(made)})" if made else ""), markup=False, highlight=False)
+    shown = table("", *(graph.name for graph in summary.graphs))
     for label, row in _rows(summary.graphs):
-        table.add_row(label, *row)
-    console.print(table, markup=False)
+        shown.add_row(label, *row)
+    out.print(shown, markup=False)
     for parts in summary.ahead:
-        console.print(_ahead(parts), markup=False, highlight=False)
+        out.print(_ahead(parts), markup=False, highlight=False)
     if summary.scales:
         ratios = [one.ratio for one in summary.scales]
         middle = sorted(ratios)[len(ratios) // 2]
-        console.print(f"activation scales over the bins: max/min {middle:.2f} (median), {ratios[0]:.2f} (largest)")
+        out.print(f"activation scales over the bins: max/min {middle:.2f} (median), {ratios[0]:.2f} (largest)")
         for one in summary.scales[:WIDEST]:
             values = " ".join(f"{scale:.3g}" for scale in one.scales)
-            console.print(f"  {one.where}: {values} (×{one.ratio:.2f})", markup=False, highlight=False)
+            out.print(f"  {one.where}: {values} (×{one.ratio:.2f})", markup=False, highlight=False)
 
 
 def _ahead(one: AheadSummary) -> str:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from vdq_export.bundle import Bundle, is_bundle
 from vdq_export.commands import complete
+from vdq_export.commands.console import console
 from vdq_export.commands.options import bundle_argument, machine_readable
 from vdq_export.errors import VdqError
 from vdq_export.lint import LintReport, lint_bundle, lint_file
@@ -36,7 +37,7 @@ def lint_command(ctx: click.Context, path: Path, profile: str | None, sarif: Pat
     report = lint(path, profile)
     if sarif:
         sarif.write_bytes(to_sarif(report))
-    click.echo(report.to_json(), nl=False) if as_json else print_report(report, Console())
+    click.echo(report.to_json(), nl=False) if as_json else print_report(report, console())
     if report.errors:
         ctx.exit(1)
 
@@ -52,22 +53,22 @@ def lint(path: Path, profile: str | None) -> LintReport:
     return lint_file(path, profile)
 
 
-def print_report(report: LintReport, console: Console) -> None:
+def print_report(report: LintReport, out: Console) -> None:
     """Rule by rule: where, why, what to change, how we know."""
     groups: dict[str, list[Finding]] = {}
     for finding in report.findings:
         groups.setdefault(finding.rule, []).append(finding)
     for found in groups.values():
-        _print_group(found, console)
+        _print_group(found, out)
     counts = f"{_count(len(report.errors), 'error')}, {_count(len(report.warnings), 'warning')}"
     where = f"in {_count(len(report.graphs), 'graph')} for {report.profile} ({report.consumer})"
-    console.print(f"{counts} {where}", markup=False, highlight=False)
+    out.print(f"{counts} {where}", markup=False, highlight=False)
 
 
-def _print_group(found: list[Finding], console: Console) -> None:
+def _print_group(found: list[Finding], out: Console) -> None:
     first = found[0]
     title = f"{first.severity} {first.rule} ({first.kind}), {_count(len(found), 'finding')}"
-    console.print(title, style="bold red" if first.severity == "error" else "bold yellow", highlight=False)
+    out.print(title, style="bold red" if first.severity == "error" else "bold yellow", highlight=False)
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
@@ -79,7 +80,7 @@ def _print_group(found: list[Finding], console: Console) -> None:
         table.add_row("", f"… and {len(found) - NODES} more, see --json")
     for label, text in (("in", ", ".join(files)), ("why", first.why), ("do", first.fix), ("from", first.source)):
         table.add_row(label, text)
-    console.print(table, markup=False)
+    out.print(table, markup=False)
 
 
 def _count(number: int, what: str) -> str:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
+from vdq_export.commands.console import console, table
 from vdq_export.commands.options import machine_readable, planning, reporter, verbosity
 from vdq_export.errors import BundleError
 from vdq_export.plan import LayerPlan, QuantPlan
@@ -53,40 +54,66 @@ def plan_command(
 
 
 def print_plan(plan: QuantPlan) -> None:
-    console = Console()
+    out = console()
     which = f" ({plan.name})" if plan.name else ""
-    console.print(f"{plan.model}{which} for {plan.target}, recipe {plan.recipe.name}; {plan.bins_why}", markup=False)
+    out.print(f"{plan.model}{which} for {plan.target}, recipe {plan.recipe.name}; {plan.bins_why}", markup=False)
     for one in plan.bins:
-        console.print(
+        out.print(
             f"  {one.name}: t {one.t[0]:g} … {one.t[1]:g}, {len(one.steps)} steps, branch {one.branch}", markup=False
         )
-    table = Table("layer", "K × N", "weight", "activation", "smoothing", "rotation", "rank", "scale per bin", box=None)
-    for layer in plan.layers:
-        table.add_row(*_row(layer))
-    console.print(table, markup=False)
+    rows = [_row(layer, plan) for layer in plan.layers]
+    headings = [heading for heading in (rows[0] if rows else ()) if any(row[heading] for row in rows)]
+    if sum(max(len(heading), *(len(row[heading]) for row in rows)) + 2 for heading in headings) > out.width:
+        for row in rows:  # a table would cut or break every cell: each layer gets its lines instead
+            facts = ", ".join(f"{heading} {row[heading]}" for heading in headings[1:] if row[heading])
+            out.print(Text(row["layer"], style="bold"))
+            out.print(Padding(Text(facts), (0, 0, 0, 4)))
+        return
+    shown = table(*headings)
+    for row in rows:
+        shown.add_row(*(row[heading] for heading in headings))
+    out.print(shown, markup=False)
 
 
-def _row(layer: LayerPlan) -> tuple[str, ...]:
-    size = f"{layer.shape[0]} × {layer.shape[1]}"
+def _row(layer: LayerPlan, plan: QuantPlan) -> dict[str, str]:
+    """What the table says of a layer, by column; a column that is empty for all of them is not shown."""
+    numbers = [f"{one.scale:.3g}" for one in layer.activation] or [""] * len(layer.float_in)
+    whys = layer.float_in or [""] * len(numbers)
+    scales = ["float" if why else number for number, why in zip(numbers, whys, strict=True)]
+    return {
+        "layer": layer.name,
+        "K×N": f"{layer.shape[0]}×{layer.shape[1]}",
+        "weight": _weight(layer),
+        "input": _activation(layer),
+        "smoothing": f"α {layer.smoothing.alpha:g}" if layer.smoothing else "",
+        "rotation": f"H{layer.rotation.block}" if layer.rotation else "",
+        "rank": str(layer.low_rank.rank) if layer.low_rank else "",
+        "scale per bin": " ".join(scales),
+        "why": _why(layer, plan),
+    }
+
+
+def _why(layer: LayerPlan, plan: QuantPlan) -> str:
+    """Why it is in float, everywhere or in some bins; where it is when not in the bins' graphs."""
+    if layer.keep_float:
+        return layer.keep_float
+    bins: dict[str, list[str]] = {}
+    for one, why in zip(plan.bins, layer.float_in, strict=False):
+        if why:
+            bins.setdefault(why, []).append(one.name)
+    return "; ".join([*(["runs ahead"] if layer.hoisted else []), *(f"{', '.join(v)}: {k}" for k, v in bins.items())])
+
+
+def _weight(layer: LayerPlan) -> str:
     weight = layer.weight
     if weight is None:
-        return layer.name, size, "float", "float", "", "", "", layer.keep_float
-    groups = f" / {weight.group}" if weight.group else ""
-    grid = f"{'mxfp' if weight.grid == 'e2m1' else 'int'}{weight.bits}{groups}{' GPTQ' if weight.codes else ''}"
-    scales = " ".join(f"{one.scale:.3g}" for one in layer.activation)
-    return (
-        layer.name,
-        size,
-        grid,
-        _activation(layer),
-        f"α {layer.smoothing.alpha:g}" if layer.smoothing else "none",
-        f"H{layer.rotation.block}" if layer.rotation else "none",
-        str(layer.low_rank.rank) if layer.low_rank else "",
-        scales,
-    )
+        return "float"
+    blocks = {("e2m1", "e8m0"): "mxfp4", ("e2m1", "e4m3"): "nvfp4", ("e4m3", "e8m0"): "mxfp8", ("e4m3", "float"): "fp8"}
+    grid = blocks.get((weight.grid, weight.scales), f"int{weight.bits}")
+    return f"{grid}{f' / {weight.group}' if weight.group else ''}{' GPTQ' if weight.codes else ''}"
 
 
 def _activation(layer: LayerPlan) -> str:
     if layer.activation:
-        return f"int{layer.activation_bits}"
+        return "fp8" if layer.activation_dtype.startswith("float8") else f"int{layer.activation_bits}"
     return f"per {layer.dynamic[0].kind}" if layer.dynamic else "float"
