@@ -1,4 +1,4 @@
-"""bisect: the search on oracles, the graphs it measures on, and a spoilt layer found and mended from end to end."""
+"""bisect: the graphs it measures on, effects, and a spoilt layer found and mended from end to end."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ import click
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests import clip_model
 from tests.commands import command
 from vdq_export import ort, targets
 from vdq_export import recipe as recipes
-from vdq_export.bisect import search as back_to_float
-from vdq_export.bisect.float_layers import Place, candidates, put_back
-from vdq_export.bisect.search import fixed_recipe, most_calls, smallest
+from vdq_export.bisect import back_to_float
+from vdq_export.bisect.candidates import Place, candidates, effects
+from vdq_export.bisect.fixed_recipe import fixed_recipe
+from vdq_export.bisect.float_layers import put_back
 from vdq_export.bundle import Bundle
 from vdq_export.commands.bisect import bisect_command
 from vdq_export.compiler import export
@@ -36,76 +35,6 @@ from vdq_export.verify import float_graphs, make_clips
 
 BAD = "blocks.1.ffn.net.0.proj"
 WANTED = 100.0  # dB: far above what the spoilt layer leaves (84), below the rest in 16 bits (124)
-
-
-# -- the search ------------------------------------------------------------------------------------------------------
-
-
-class Oracle:
-    """enough() that counts its calls, and refuses to be asked what is known beforehand."""
-
-    def __init__(self, answer: Callable[[frozenset[int]], bool]) -> None:
-        self.answer, self.calls = answer, 0
-
-    def __call__(self, members: frozenset[int]) -> bool:
-        assert members, "that nothing is not enough was known"
-        self.calls += 1
-        return self.answer(members)
-
-
-def sets_of(most: int) -> st.SearchStrategy[tuple[int, list[frozenset[int]]]]:
-    """(n, sets of numbers below n): a set of members is enough when it holds one of them."""
-    return st.integers(1, most).flatmap(
-        lambda n: st.tuples(
-            st.just(n), st.lists(st.frozensets(st.integers(0, n - 1), min_size=1, max_size=6), min_size=1, max_size=4)
-        )
-    )
-
-
-@given(sets_of(200))
-def test_enough_and_nothing_in_vain(case: tuple[int, list[frozenset[int]]]) -> None:
-    count, needs = case
-    oracle = Oracle(lambda members: any(one <= members for one in needs))
-    found = smallest(range(count), oracle)
-    assert frozenset(found) in needs, "holds one of them, and nothing beside"
-    assert not any(one < frozenset(found) for one in needs)
-    assert oracle.calls <= most_calls(count, len(found))
-
-
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.floats(0.01, 1.0))
-def test_no_set_is_smaller_where_the_order_is_right(weights: list[int], share: float) -> None:
-    weights = sorted(weights, reverse=True)
-    wanted = share * sum(weights)
-    oracle = Oracle(lambda members: sum(weights[i] for i in members) >= wanted)
-    found = smallest(range(len(weights)), oracle)
-    assert sum(weights[i] for i in found) >= wanted > sum(weights[: len(found) - 1])
-    assert oracle.calls <= most_calls(len(weights), len(found))
-
-
-@given(st.integers(1, 40), st.integers(0, 1 << 30))
-def test_where_more_is_not_always_better(count: int, seed: int) -> None:
-    """Clips are like that by a hair: the set is enough, and no member can be left out, all the same."""
-    whole = frozenset(range(count))
-
-    def answer(members: frozenset[int]) -> bool:
-        draw = np.random.default_rng([seed, *sorted(members)]).random()
-        return members == whole or draw < 0.4
-
-    oracle = Oracle(answer)
-    found = smallest(range(count), oracle)
-    assert answer(frozenset(found))
-    assert not any(answer(frozenset(found) - {one}) for one in found if len(found) > 1)
-    assert oracle.calls <= most_calls(count, count) + count**2
-
-
-def test_one_member_takes_few_calls() -> None:
-    oracle = Oracle(lambda members: 1000 in members)
-    assert smallest(range(1600), oracle) == (1000,)
-    assert oracle.calls <= most_calls(1600, 1)
-    oracle = Oracle(lambda members: 0 in members)
-    assert smallest(["x"], lambda members: True) == ("x",)
-    assert smallest(range(1600), oracle) == (0,)
-    assert oracle.calls == 2
 
 
 # -- the graphs ------------------------------------------------------------------------------------------------------
@@ -174,12 +103,15 @@ def test_put_back_a_graph_is_the_float_one(
     assert np.abs(output(graph) - exact).max() < min(0.02, before / 3)
 
 
-def test_own_errors_do_not_add_up_along_the_network(bad: Bundle, model: Model) -> None:
-    found = candidates(bad, model, Reporter())
-    assert {one.place for one in found[:2]} == {Place(BAD, 0), Place(BAD, 1)}
-    assert found[1].sqnr_db < 25 and found[2].sqnr_db > 60, "the layer behind the bad one is as good as any"
-    layers = sum(x.quantized for x in bad.plan.of_bins().layers)
-    assert len(found) == 2 * layers
+def test_effects_are_of_the_layer_alone_in_its_bin(bad: Bundle, model: Model) -> None:
+    """The bad layer makes up its bin's error, and the layer behind it none of it."""
+    found, calls = candidates(bad, model, Reporter())
+    falls, whole = effects(bad, found, calls, Reporter())
+    assert sum(falls[Place(BAD, index)] for index in (0, 1)) == pytest.approx(whole, rel=0.02)
+    assert min(falls[Place(BAD, index)] for index in (0, 1)) > 0.1 * whole
+    assert max(abs(fall) for place, fall in falls.items() if place.layer != BAD) < 0.02 * whole
+    assert len(found) == len(falls) == 2 * sum(x.quantized for x in bad.plan.of_bins().layers)
+    assert [calls[index].count for index in (0, 1)] == [2 * len(one.steps) for one in bad.plan.bins]
 
 
 # -- from end to end -------------------------------------------------------------------------------------------------
@@ -195,7 +127,9 @@ def test_a_spoilt_layer_is_found_and_mended(
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found["outcome"] == "fixed" and found["minimal"]
-    assert [(one["layer"], one["bin"]) for one in found["members"]] == [(BAD, 0), (BAD, 1)]
+    assert sorted((one["layer"], one["bin"]) for one in found["members"]) == [(BAD, 0), (BAD, 1)]
+    assert sum(one["share"] for one in found["members"]) == pytest.approx(1.0, abs=0.02)
+    assert len(found["effects"]) == found["candidates"] and found["effects"][:2] == found["members"]
     assert found["bundle_db"] < WANTED - 5 and found["runs"] <= 6
     assert found["float_db"] >= found["fixed_db"] >= WANTED
     assert "--recipe fix.toml" in found["command"] and "tests.clip_model:build" in found["command"]
@@ -257,7 +191,7 @@ def read(text: str) -> Recipe:
 
 def test_the_recipe_extends_the_bundles(bad: Bundle) -> None:
     own = recipes.load("svdquant")
-    text = fixed_recipe(with_recipe(bad, own), [Place("a[0]", 1), Place("b", 0), Place("a[0]", 0)], "why")
+    text = fixed_recipe(with_recipe(bad, own), [Place("a[0]", 1), Place("b", 0), Place("a[0]", 0)], "why")[0]
     assert text.startswith('extends = "svdquant"\n') and len(text.splitlines()) < 20
     found = read(text)
     new = (Keep(match="a[[]0]", why="why", bins=(0, 1)), Keep(match="b", why="why", bins=(0,)))
@@ -270,7 +204,7 @@ def test_the_recipe_extends_the_bundles(bad: Bundle) -> None:
 
 def test_a_recipe_from_elsewhere_is_written_in_full(bad: Bundle) -> None:
     for own in (spoilt(), msgspec.structs.replace(recipes.load("svdquant"), keep_float=())):
-        text = fixed_recipe(with_recipe(bad, own), [Place("b", 0)], "why")
+        text = fixed_recipe(with_recipe(bad, own), [Place("b", 0)], "why")[0]
         assert "extends" not in text
         found = read(text)
         assert found.override == own.override
@@ -281,5 +215,15 @@ def test_a_recipe_from_elsewhere_is_written_in_full(bad: Bundle) -> None:
     ("steps", "tsw"), [((6,), 1), ((1, 2, 2), 3), ((2, 1, 2), (0.4, 0.6)), ((1, 1, 1), 3), ((1, 5), (1 / 6,))]
 )
 def test_the_recipe_has_the_bins_there_are(bad: Bundle, steps: tuple[int, ...], tsw: Any) -> None:
-    text = fixed_recipe(with_recipe(bad, recipes.load("static-asq"), steps), [Place("b", 0)], "why")
+    text = fixed_recipe(with_recipe(bad, recipes.load("static-asq"), steps), [Place("b", 0)], "why")[0]
     assert read(text).tsw == tsw
+
+
+def test_bins_that_no_one_setting_gives_get_no_recipe(bad: Bundle) -> None:
+    """Bins that were chosen for each branch apart: members go by number, and would be other steps."""
+    bundle = with_recipe(bad, recipes.load("static-asq"), (2, 4, 3, 3))
+    branches = ("cond", "cond", "uncond", "uncond")
+    bins = [msgspec.structs.replace(one, branch=b) for one, b in zip(bundle.plan.bins, branches, strict=True)]
+    odd = with_changes(bundle, plans=(msgspec.structs.replace(bundle.plan, bins=tuple(bins)),))
+    text, note = fixed_recipe(odd, [Place("b", 0)], "why")
+    assert text == "" and "no one `tsw` gives them again" in note

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
 
 import click
 
-from vdq_export.bisect.search import CLIPS, RUNS, Found, bisect
+from vdq_export.bisect.back_to_float import CLIPS, RUNS, Found, bisect
 from vdq_export.bundle import Bundle
 from vdq_export.commands.options import machine_readable, reporter, verbosity
 
@@ -36,9 +35,10 @@ def bisect_command(
     verbose: int,
     quiet: bool,
 ) -> None:
-    """Find the smallest set of (layer, bin) that, put back to float, restores a clip PSNR.
+    """Find a small set of (layer, bin) that, put back to float, restores a clip PSNR.
 
-    Measured on clips of BUNDLE's own graphs. Says what the fix costs, and writes it as a recipe to export with.
+    Measured on clips of BUNDLE's own graphs; none of the set can be left out. Says what the fix costs, and writes it
+    as a recipe to export with.
     Exit code 1: even with every layer in float the PSNR is not reached.
     """
     if (psnr is None) == (gain is None):
@@ -74,12 +74,15 @@ def _text(found: Found, out: Path | None) -> str:
         return "\n".join(lines)
     proven = "none can be left out" if found.minimal else f"the best after {found.runs} runs; --runs allows more"
     lines.append(f"with these {len(found.members)} in float: {found.fixed_db:.2f} dB; {proven}")
-    for layer, members in groupby(sorted(found.members, key=lambda one: (one.layer, one.bin)), lambda one: one.layer):
-        mine = list(members)
-        errors = ", ".join(f"bin{one.bin:02d} ({one.sqnr_db:.1f} dB of its own)" for one in mine)
-        lines.append(f"  {layer} in {errors}")
+    by_layer: dict[str, list[str]] = {}
+    for one in found.members:
+        by_layer.setdefault(one.layer, []).append(f"bin{one.bin:02d} ({one.share:+.1%})")
+    lines += [f"  {layer} in {', '.join(sorted(places))}" for layer, places in by_layer.items()]
+    lines.append("  (in brackets: how much of the network's output error in one step goes when it alone is float)")
     lines += _cost(found)
     lines.append(f"searched in {found.runs} runs of {many}, {found.seconds:.0f} s")
+    if found.note:
+        return "\n".join([*lines, found.note])
     lines.append(f"recipe: {out}" if out else f"recipe (--out writes it):\n{found.recipe.rstrip()}\n")
     lines.append(f"export it: {found.command}")
     return "\n".join(lines)
@@ -90,11 +93,12 @@ def _cost(found: Found) -> list[str]:
     assert cost is not None
     bins = ", ".join(f"bin{index:02d}" for index in cost.bins)
     lines = [
-        f"costs: {cost.bytes / 1e6:+.2f} MB ({cost.share:+.1%} of the bundle); multiply-adds of linears in float "
-        f"{cost.float_before:.1%} → {cost.float_after:.1%}; graphs that change: {bins}"
+        f"costs: weights {cost.bytes / 1e6:+.2f} MB ({cost.share:+.1%} of the bundle); multiply-adds of linears in "
+        f"float {cost.float_before:.1%} → {cost.float_after:.1%}; graphs that change: {bins}"
     ]
     if cost.sessions_after > cost.sessions_before:
         lines.append(
-            f"  bins no longer alike: {cost.sessions_after} sessions on the CPU instead of {cost.sessions_before}"
+            f"  bins no longer alike: {cost.sessions_after} sessions on the CPU instead of {cost.sessions_before}; on "
+            "devices as many programs, whose files come on top of the weights"
         )
     return lines
