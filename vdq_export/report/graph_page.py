@@ -9,12 +9,8 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from vdq_export.bundle import Bundle
 from vdq_export.diff.compare import Change, Difference, compare, diff
@@ -27,6 +23,7 @@ from vdq_export.graphs import view as graph_view
 from vdq_export.graphs.view import GraphView
 from vdq_export.inspect import Summary, bundle_graphs, summarize
 from vdq_export.manifest import MANIFEST
+from vdq_export.report.environment import asset, fill
 
 WHOLE = 250  # operators up to which a graph is drawn whole unless a block is named
 MOST = 1500  # operators of one picture: beyond that nobody sees anything
@@ -276,17 +273,4 @@ def _facts(a: Summary, b: Summary) -> list[tuple[str, str, str]]:
 
 
 def _render(template: str, values: Mapping[str, Any]) -> bytes:
-    environment = Environment(
-        loader=PackageLoader("vdq_export.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    assets = {"style": _asset("graph.css"), "script": _asset("graph.js")}
-    return environment.get_template(template).render(**values, **assets).encode()
-
-
-def _asset(name: str) -> Markup:
-    """A file of templates/ as it stands: it is ours, and holds nothing of a bundle."""
-    return Markup((resources.files("vdq_export.report") / "templates" / name).read_text(encoding="utf-8"))
+    return fill(template, {**values, "style": asset("graph.css"), "script": asset("graph.js")})

@@ -11,7 +11,6 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from vdq_export.errors import BundleError
@@ -19,7 +18,10 @@ from vdq_export.metrics import db_text
 from vdq_export.report import comparison, figures, range_view, sections, sprites, verdict
 from vdq_export.report.cells import OUTPUT, cells, when
 from vdq_export.report.content import Content
+from vdq_export.report.environment import asset, fill
 from vdq_export.schedule import Schedule
+
+FILTERS = {"megabytes": sections.megabytes, "giga": sections.giga, "decibels": db_text}
 
 
 def render(content: Content) -> bytes:
@@ -27,15 +29,7 @@ def render(content: Content) -> bytes:
     for one in (content, content.against):
         if one is not None and not one.bundle.plans:
             raise BundleError(f"{one.bundle.path} carries no plan", hint="export it again")
-    environment = Environment(
-        loader=PackageLoader("vdq_export.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"megabytes": sections.megabytes, "giga": sections.giga, "decibels": db_text}
-    return environment.get_template("page.html").render(_view(content)).encode()
+    return fill("page.html", _view(content), FILTERS)
 
 
 def _view(content: Content) -> dict[str, Any]:
@@ -72,8 +66,8 @@ def _view(content: Content) -> dict[str, Any]:
         "compared": comparison.compared(content, other) if other else [],
         "moved": comparison.moved(content, other) if other else [],
         "against": name,
-        "style": _asset("page.css"),
-        "script": _asset("page.js"),
+        "style": asset("page.css"),
+        "script": asset("page.js"),
         "bokeh": _bokeh(),
         "shown": sections.SHOWN,
     }
@@ -104,11 +98,6 @@ def edges(schedule: Schedule) -> list[float]:
 def _script_json(data: Any) -> Markup:
     """JSON that cannot end the <script> it stands in."""
     return Markup(json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"))
-
-
-@cache
-def _asset(name: str) -> Markup:
-    return Markup((resources.files("vdq_export.report") / "templates" / name).read_text(encoding="utf-8"))
 
 
 @cache
