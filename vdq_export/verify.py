@@ -306,7 +306,7 @@ def judge_clips(
     failures = []
     psnr, wanted = made.mean_psnr_db(), thresholds.min_psnr_db
     if psnr < wanted:
-        failures.append(f"{where}: PSNR {db_text(psnr, wanted)} is below {wanted:g}; weakest: {_worst(layers)}")
+        failures.append(f"{where}: PSNR {db_text(psnr, wanted)} is below {wanted:g}; {_worst(layers)}")
     if model.judge is None:
         return psnr, None, failures
     cases = range(len(made.reference))
@@ -315,14 +315,16 @@ def judge_clips(
         drop = before - scores.quantized[measure]
         if drop > thresholds.max_judge_drop + 1e-9:
             failures.append(
-                f"judge: {measure} fell by {drop:.3f}, allowed {thresholds.max_judge_drop:g}; weakest: {_worst(layers)}"
+                f"judge: {measure} fell by {drop:.3f}, allowed {thresholds.max_judge_drop:g}; {_worst(layers)}"
             )
     return psnr, scores, failures
 
 
 def _worst(layers: Sequence[LayerQuality]) -> str:
+    """The weakest by itself need not be what costs the clips most: errors of other layers cancel or are amplified."""
     weakest = min(layers, key=lambda q: q.sqnr_db)
-    return f"{weakest.layer} in bin{weakest.bin:02d} ({weakest.sqnr_db:.1f} dB)"
+    alone = f"weakest by itself: {weakest.layer} in bin{weakest.bin:02d} ({weakest.sqnr_db:.1f} dB)"
+    return f"{alone}; which layers cost the clips: vdq-export bisect"
 
 
 def _db(signal: float, noise: float) -> float:
