@@ -274,7 +274,7 @@ class Loop:
             with torch.no_grad():
                 predicted = denoiser(**step)
             made["hidden_states"] = made["hidden_states"] - 0.1 * quality.first_tensor(predicted)
-        clip: np.ndarray = made["hidden_states"][0].numpy() / 8 + 0.5
+        clip: np.ndarray = np.clip(made["hidden_states"][0].numpy() / 8 + 0.5, 0.0, 1.0)
         return clip
 
     def describe(self, case: int) -> str:

@@ -22,7 +22,7 @@ from vdq_export.calib.blocks import is_too_large, observe_blocks
 from vdq_export.calib.observe import observe
 from vdq_export.compiler import export
 from vdq_export.contract import PassContext
-from vdq_export.errors import CalibrationError
+from vdq_export.errors import CalibrationError, ModelError
 from vdq_export.graph import Graph
 from vdq_export.model import Model, Step
 from vdq_export.work.store import WorkStore
@@ -196,7 +196,7 @@ def test_nan_that_no_linear_reads_is_found_in_the_output(tmp_path: Path) -> None
 def test_inputs_that_do_not_fit(tmp_path: Path) -> None:
     made = cases.model()
     made.trajectories = [cases.steps(change=lambda s: s["inputs"].update(x=torch.zeros(1, 3, cases.WIDTH)))]
-    with pytest.raises(CalibrationError, match="fails at timestep 1000"):
+    with pytest.raises(ModelError, match=r"step 0: input 'x' is float32 \[1, 3, 6\]"):
         by_blocks(cases.graph(), made, tmp_path, budget=1)
     with pytest.raises(CalibrationError, match="no trajectories"):
         by_blocks(cases.graph(), cases.model([]), tmp_path)

@@ -11,7 +11,7 @@ import torch
 from tests import calib_cases as cases
 from vdq_export.calib.observe import observe, observed_values
 from vdq_export.calib.record import CalibrationRecord
-from vdq_export.errors import CalibrationError
+from vdq_export.errors import CalibrationError, VdqError
 from vdq_export.model import Step
 
 TRAJECTORIES = [cases.steps(seed=s) for s in range(3)]
@@ -143,13 +143,13 @@ def test_nan_that_no_linear_reads_is_found_in_the_output() -> None:
     ("change", "message"),
     [
         (lambda s: s["inputs"].pop("context"), "no input context at timestep 1000"),
-        (lambda s: s["inputs"].update(x=torch.zeros(1, 3, cases.WIDTH)), "fails at timestep 1000"),
+        (lambda s: s["inputs"].update(x=torch.zeros(1, 3, cases.WIDTH)), r"step 0: input 'x' is float32 \[1, 3, 6\]"),
     ],
 )
 def test_inputs_that_do_not_fit(change: object, message: str) -> None:
     made = cases.model()
     made.trajectories = [cases.steps(change=change)]  # type: ignore[arg-type]
-    with pytest.raises(CalibrationError, match=message):
+    with pytest.raises(VdqError, match=message):
         observe(cases.graph(), made)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import tiny_model
+from tests import clip_model, tiny_model
 from vdq_export import pipeline
 from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
@@ -93,13 +93,13 @@ def test_weights_are_those_of_a_plan_made_with_data(tiny: Model, traced: Graph) 
 
 
 def test_timesteps_that_the_sampler_tells_are_the_steps(tiny: Model, traced: Graph) -> None:
-    class Sampler:
+    class Sampler(clip_model.Sampler):
         steps, timesteps = 2, torch.tensor([20.0, 1000.0])
 
         def settings(self) -> dict[str, Any]:
             return {"name": "test"}
 
-    model = Model(tiny.module, tiny.example_inputs, Untouched(), sampler=Sampler())  # type: ignore[arg-type]
+    model = Model(tiny.module, tiny.example_inputs, Untouched(), sampler=Sampler())
     record = CalibrationRecord.empty(traced, model)
     assert record.steps == (1000.0, 20.0) and not record.has_data and record.sampler == {"name": "test"}
     assert draft(Network(traced, record, recipes.load("w8a16"), SPEC))[0].bins[0].steps == (1000.0, 20.0)

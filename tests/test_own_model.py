@@ -24,6 +24,7 @@ from vdq_export.graphs.last import last_layers
 from vdq_export.manifest import Signature
 from vdq_export.model import Model, Step
 from vdq_export.progress import Reporter
+from vdq_export.steps import checked_step
 from vdq_export.trace import trace
 
 
@@ -113,6 +114,14 @@ WRONG: dict[str, tuple[Any, str]] = {
         "step 1: t is 0.1, the input 'timestep' holds 100; t is",
     ),
     "no timestep": ([[spoiled(inputs={"x": torch.zeros(1)})]], "step 0 has no input 'timestep'; it has x"),
+    "shape": (
+        [[step(1.0, x=torch.zeros(2, 6, 8))]],
+        r"'x' is float32 \[2, 6, 8\], the example's is float32 \[1, 6, 8\]",
+    ),
+    "dtype": (
+        [[step(1.0, timestep=torch.tensor([1]))]],
+        r"'timestep' is int64 \[1\], the example's is float32 \[1\]; ",
+    ),
     "a number": (3, "trajectories of guided are of type int"),
 }
 
@@ -140,8 +149,8 @@ def test_t_may_be_any_number(t: Any) -> None:
 
 
 def test_t_of_a_timestep_a_token_is_the_highest() -> None:
-    inputs = {**step(100.0)["inputs"], "timestep": torch.tensor([[0.0, 100.0, 100.0]])}
-    ((made,),) = guided([[spoiled(inputs=inputs)]]).iter_trajectories()
+    inputs = {"timestep": torch.tensor([[0.0, 100.0, 100.0]])}
+    made = checked_step(spoiled(inputs=inputs), "here", "timestep")
     assert made["t"] == 100.0
 
 
@@ -300,3 +309,23 @@ def test_a_factory_that_leaves_is_told(name: str, why: str) -> None:
 def test_a_rule_for_the_last_layer_is_no_misspelt_name() -> None:
     recipe = recipes.Recipe(name="own", summary="", keep_float=(recipes.Keep(match=recipes.LAST, why="test"),))
     recipe_rules.check_matches(recipe, ["a", "b"], Reporter(), strict=True)
+
+
+@pytest.mark.parametrize("name", ["generate", "describe", "settings"])
+def test_a_sampler_that_lacks_a_method_is_told_at_once(name: str) -> None:
+    sampler = Loop(FLAT)
+    setattr(sampler, name, None)
+    with pytest.raises(ModelError, match=rf"the sampler of guided has no {name}\(\)"):
+        guided(sampler=sampler)
+
+
+def test_a_sampler_that_shows_nothing_is_told_at_once() -> None:
+    sampler = Loop(FLAT)
+    sampler.generate = lambda denoiser, case: FLAT  # type: ignore[method-assign]
+    with pytest.raises(ModelError, match=r"cannot be called so: too many .*generate\(denoiser, case, observer\)"):
+        guided(sampler=sampler)
+
+
+def test_example_inputs_have_names() -> None:
+    with pytest.raises(ModelError, match="the example inputs are a tuple; name them"):
+        Model(Guided(), (torch.zeros(1),), [])  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ import torch
 from vdq_export.errors import ModelError, VdqError
 from vdq_export.experts import Expert, Experts
 from vdq_export.graph import Graph
-from vdq_export.steps import checked_trajectories, seen_by
+from vdq_export.steps import check_sampler, checked_trajectories, seen_by
 from vdq_export.weights import on_demand
 from vdq_export.weights.checkpoint import Checkpoint
 from vdq_export.weights.learned import Learned
@@ -97,12 +97,18 @@ class Model:
     learned: Learned | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.example_inputs, Mapping):
+            raise ModelError(
+                f"the example inputs are a {type(self.example_inputs).__name__}", hint="name them: {name: tensor}"
+            )
         for name, tensor in self.example_inputs.items():
             if not isinstance(tensor, torch.Tensor):
                 raise ModelError(f"example input {name!r} is {type(tensor).__name__}", hint="pass tensors")
             if tensor.dtype == torch.bfloat16:
                 hint = "calibration and CPU kernels compute in float32: give .float()"
                 raise ModelError(f"example input {name!r} is bfloat16", hint=hint)
+        if self.sampler is not None:
+            check_sampler(self.sampler, self.name)
         if isinstance(self.trajectories, Iterator):
             raise ModelError(
                 f"the trajectories of {self.name} can be read only once",
@@ -181,7 +187,7 @@ class Model:
     def iter_trajectories(self) -> Iterable[Trajectory]:
         """The trajectories; ModelError, as they are read, for what checked_step() refuses."""
         every = self.trajectories() if callable(self.trajectories) else self.trajectories
-        return checked_trajectories(every, self.name, self.timestep_input)
+        return checked_trajectories(every, self.name, self.timestep_input, self.example_inputs)
 
     def weight_hash(self) -> str:
         """sha256 over names, dtypes, shapes and bytes of the weights, the input signature, and the experts' ranges.

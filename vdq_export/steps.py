@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
@@ -11,17 +12,17 @@ import torch
 from vdq_export.errors import ModelError
 
 if TYPE_CHECKING:
-    from vdq_export.model import Step, Trajectory
+    from vdq_export.model import Step, Tensors, Trajectory
 
 ROUNDING = 1e-3  # relative: between a recorded t and the timestep input, which may be of float16
 
 
-def checked_step(step: Any, where: str, timestep: str | None = None) -> Step:
+def checked_step(step: Any, where: str, timestep: str | None = None, example: Tensors | None = None) -> Step:
     """`step`, or a copy with t as a float and bfloat16 inputs, which numpy has not, in float32.
 
-    where: what messages call it; timestep: the input that carries t, where it is known. Raises ModelError for what is
-    no step: a part that misses, a branch of another name, an input that is no tensor, and a t that is not the timestep
-    that the network gets.
+    where: what messages call it; timestep: the input that carries t, where it is known; example: the model's inputs.
+    Raises ModelError for what is no step: a part that misses, a branch of another name, an input that is no tensor or
+    unlike the example's, and a t that is not the timestep that the network gets.
     """
     if not isinstance(step, Mapping):
         hint = "a trajectory is one list of steps" if isinstance(step, list | tuple) else 'a step is {"t": …}'
@@ -45,11 +46,15 @@ def checked_step(step: Any, where: str, timestep: str | None = None) -> Step:
     t = _number(step["t"], where)
     if timestep is not None:
         _check_timestep(t, inputs, timestep, where)
+    for name in sorted(inputs.keys() & (example or {}).keys()):
+        _check_like(inputs[name], (example or {})[name], f"{where}: input {name!r}")
     changed = type(step["t"]) is not float or any(inputs[name] is not one for name, one in step["inputs"].items())
     return {"t": t, "branch": step["branch"], "inputs": inputs} if changed else cast("Step", step)
 
 
-def checked_trajectory(trajectory: Any, where: str, timestep: str | None = None) -> Trajectory:
+def checked_trajectory(
+    trajectory: Any, where: str, timestep: str | None = None, example: Tensors | None = None
+) -> Trajectory:
     """The steps of one generated video, each as checked_step() has it. Raises ModelError as that does."""
     if isinstance(trajectory, Mapping):
         raise ModelError(
@@ -57,32 +62,32 @@ def checked_trajectory(trajectory: Any, where: str, timestep: str | None = None)
         )
     if not isinstance(trajectory, Iterable):
         raise ModelError(f"{where} is a {type(trajectory).__name__}", hint="give a list of steps")
-    return [checked_step(step, f"{where}, step {number}", timestep) for number, step in enumerate(trajectory)]
+    return [checked_step(step, f"{where}, step {number}", timestep, example) for number, step in enumerate(trajectory)]
 
 
 def checked_trajectories(
-    every: Iterable[Trajectory], name: str, timestep: str
-) -> list[Trajectory] | Iterable[Trajectory]:
+    every: Iterable[Trajectory], name: str, timestep: str, example: Tensors
+) -> Iterable[Trajectory]:
     """`every`, with each step looked at when it is read: lists at once, others as they are iterated over."""
     if not isinstance(every, Iterable):
         raise ModelError(f"the trajectories of {name} are of type {type(every).__name__}", hint="give a list of lists")
     if isinstance(every, list | tuple):
-        return list(_Checked(every, name, timestep))
+        return list(_Checked(every, name, timestep, example))
     kind = _CheckedSized if isinstance(every, Sized) else _Checked
     if hasattr(every, "keys") and not isinstance(every, Mapping):
         kind = _CheckedKeyed
-    return kind(every, name, timestep)
+    return kind(every, name, timestep, example)
 
 
 class _Checked:
-    def __init__(self, every: Iterable[Any], name: str, timestep: str) -> None:
-        self._every, self._name, self._timestep = every, name, timestep
+    def __init__(self, every: Iterable[Any], name: str, timestep: str, example: Tensors) -> None:
+        self._every, self._name, self._timestep, self._example = every, name, timestep, example
 
     def __iter__(self) -> Iterator[Trajectory]:
         return (self._checked(number, one) for number, one in enumerate(self._every))
 
     def _checked(self, number: int, one: Any) -> Trajectory:
-        return checked_trajectory(one, f"{self._name}: trajectory {number}", self._timestep)
+        return checked_trajectory(one, f"{self._name}: trajectory {number}", self._timestep, self._example)
 
 
 class _CheckedSized(_Checked):
@@ -120,6 +125,22 @@ def seen_by(observer: Callable[[Step], None] | None, where: str, timestep: str) 
     return see
 
 
+def check_sampler(sampler: Any, name: str) -> None:
+    """Raise ModelError where a sampler lacks a method that is called later, or generate() an argument."""
+    for method in ("generate", "describe", "settings"):
+        if not callable(getattr(sampler, method, None)):
+            raise ModelError(
+                f"the sampler of {name} has no {method}()",
+                hint="it needs generate(denoiser, case, observer), describe(case) and settings() -> dict",
+            )
+    try:
+        inspect.signature(sampler.generate).bind(None, 0, None)
+    except TypeError as error:
+        raise ModelError(
+            f"generate() of {name}'s sampler cannot be called so: {error}", hint="generate(denoiser, case, observer)"
+        ) from error
+
+
 def _number(t: Any, where: str) -> float:
     if isinstance(t, torch.Tensor) and t.numel() == 1:
         t = t.item()
@@ -127,6 +148,15 @@ def _number(t: Any, where: str) -> float:
         found = f"a tensor of {list(t.shape)}" if isinstance(t, torch.Tensor) else type(t).__name__
         raise ModelError(f"{where}: t is {found}, not a number", hint="give the timestep of the call, float(t)")
     return float(t)
+
+
+def _check_like(given: torch.Tensor, example: torch.Tensor, what: str) -> None:
+    if (given.shape, given.dtype) != (example.shape, example.dtype):
+        found, wanted = (f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in (given, example))
+        raise ModelError(
+            f"{what} is {found}, the example's is {wanted}",
+            hint="graphs are static; a call is one sample of one guidance branch",
+        )
 
 
 def _check_timestep(t: float, inputs: Mapping[str, torch.Tensor], timestep: str, where: str) -> None:
