@@ -181,23 +181,35 @@ def test_hovering_and_tapping_a_cell_gives_its_numbers(seen: dict[str, Any], con
 
 @needs_chromium
 def test_the_ranges_are_those_of_the_chosen_layer(seen: dict[str, Any], made: Path, content: Content) -> None:
+    """Every number of every layer that can be chosen."""
     report = RangesReport.from_json((made / "bundle" / RANGES).read_bytes())
     (network,) = report.networks
-    ends = {one.name: [r.hi for r in one.activation] for one in content.bundle.plan.layers}
-    for shown, value, layer in (
-        (seen["ranges"][0], network.values[0], network.values[0].layers[0]),
-        (seen["ranges"][1], network.values[-1], network.values[-1].layers[-1]),
-    ):
-        highest = value.after_hi or value.hi
-        assert shown["band"] == [x for x, branch in zip(highest, network.branch, strict=True) if branch == "cond"]
-        assert shown["boxes"] == ends[layer]
-        assert sorted(shown["edges"]) == sorted({t for one in content.bundle.plan.bins for t in one.t})
-    assert seen["ranges"][0]["band"] != seen["ranges"][1]["band"]
+    plan = content.bundle.plan
+    edges = sorted({t for one in plan.bins for t in one.t}, reverse=True)
+    readers = {layer: value for value in network.values for layer in value.layers}
+    assert list(seen["ranges"]) == list(readers) and len(readers) > 8
+    for layer in plan.layers:
+        if layer.name not in readers:
+            continue
+        shown, value = seen["ranges"][layer.name], readers[layer.name]
+        plain = {"lo": value.after_lo or value.lo, "hi": value.after_hi or value.hi}
+        columns = {"t": network.t, **plain, "raw_lo": value.lo, "raw_hi": value.hi}
+        for branch in ("cond", "uncond"):
+            slots = [number for number, one in enumerate(network.branch) if one == branch]
+            assert shown[branch] == {name: [column[number] for number in slots] for name, column in columns.items()}
+            assert shown[f"boxes-{branch}"]["lo"] == [], "the bins serve both branches"
+        boxes = shown["boxes-any"]
+        assert [*zip(boxes["left"], boxes["right"], strict=True)] == [one.t for one in plan.bins]
+        assert [boxes["lo"], boxes["hi"]] == [[getattr(one, end) for one in layer.activation] for end in ("lo", "hi")]
+        assert shown["edges"]["t"] == edges and shown["x"] == [edges[0], edges[-1]]
+        assert shown["y"][0] < min(*value.lo, *plain["lo"], *boxes["lo"])
+        assert shown["y"][1] > max(*value.hi, *plain["hi"], *boxes["hi"])
 
 
 @needs_chromium
 def test_dark_print_and_phone(seen: dict[str, Any]) -> None:
     assert seen["light"]["paper"] == "rgb(251, 251, 250)" and seen["light"]["filter"] == "none"
     assert seen["dark"]["paper"] == "rgb(20, 23, 26)" and "invert" in seen["dark"]["filter"]
-    assert seen["print"] == {"paper": "rgb(255, 255, 255)", "filter": "none", "player": "none"}
+    on_paper = {"paper": "rgb(255, 255, 255)", "filter": "none", "play": "none", "layer": "inline", "sticksOut": False}
+    assert seen["print"] == on_paper and seen["light"]["layer"] == "none"
     assert seen["widest"] <= 390, "nothing sticks out on a phone"

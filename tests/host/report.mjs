@@ -32,7 +32,8 @@ const drawn = (page) => page.evaluate(() => [...document.querySelectorAll("#clip
 const colours = (page) => page.evaluate(() => ({
   paper: getComputedStyle(document.body).backgroundColor,
   filter: getComputedStyle(document.getElementById("heat")).filter,
-  player: document.querySelector(".player") && getComputedStyle(document.querySelector(".player")).display,
+  play: document.querySelector("#play") && getComputedStyle(document.querySelector("#play")).display,
+  layer: getComputedStyle(document.getElementById("layer-name")).display,
 }));
 
 async function playClips(page) {
@@ -93,13 +94,18 @@ async function chooseLayer(page) {
   if (!await page.$("#layer")) return;
   const shown = () => page.evaluate(() => {
     const [view] = [...Bokeh.index.roots].filter((one) => one.model.name === "ranges");
-    const data = (name) => view.model.document.get_model_by_name(name).data;
-    return { band: Array.from(data("cond").hi), edges: Array.from(data("edges").t), boxes: Array.from(data("boxes").hi) };
+    const plain = (data) => Object.fromEntries(Object.entries(data).map(([name, column]) => [name, Array.from(column)]));
+    const names = ["cond", "uncond", "boxes-any", "boxes-cond", "boxes-uncond", "edges"];
+    const found = names.map((name) => [name, plain(view.model.document.get_model_by_name(name).data)]);
+    const { x_range, y_range } = view.model;
+    return { ...Object.fromEntries(found), x: [x_range.start, x_range.end], y: [y_range.start, y_range.end] };
   });
-  const count = await page.$$eval("#layer option", (options) => options.length);
-  results.ranges = [await shown()];
-  await page.selectOption("#layer", String(count - 1));
-  results.ranges.push(await shown());
+  const layers = await page.$$eval("#layer option", (options) => options.map((one) => one.text));
+  results.ranges = {};
+  for (const [place, layer] of layers.entries()) {
+    await page.selectOption("#layer", String(place));
+    results.ranges[layer] = await shown();
+  }
   results.note = await page.textContent("#ranges-note");
 }
 
@@ -114,7 +120,8 @@ try {
   await page.emulateMedia({ colorScheme: "dark" });
   results.dark = await colours(page);
   await page.emulateMedia({ media: "print" });
-  results.print = await colours(page);
+  await page.setViewportSize({ width: 720, height: 900 });
+  results.print = { ...await colours(page), sticksOut: await page.evaluate(() => document.documentElement.scrollWidth > 720) };
   await page.close();
   const phone = await open({ viewport: { width: 390, height: 844 }, colorScheme: "dark", reducedMotion: "reduce" });
   results.widest = await phone.evaluate(() => document.documentElement.scrollWidth);

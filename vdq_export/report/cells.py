@@ -128,10 +128,23 @@ def _measured(quality: LayerQuality | None, limit: float, quantized: bool) -> _M
     return {"sqnr_db": db, "state": "low" if db < limit else "ok", "sqnr": text, "worst": worst}
 
 
+def span(one: Bin) -> str:
+    """What a bin serves in few letters, for the head of a column: "873–1000\\ncond"."""
+    digits = ".0f" if one.t[1] - one.t[0] >= 5 else ".3g"
+    rest = " ".join(filter(None, (one.expert, one.branch if one.branch != "any" else "")))
+    return "\n".join(filter(None, (f"{one.t[0]:{digits}}–{one.t[1]:{digits}}", rest)))
+
+
 def when(one: Bin) -> str:
     """The timesteps and calls of a bin, in words."""
     extra = [one.branch if one.branch != "any" else "", one.expert]
-    return ", ".join([f"t {one.t[0]:g} … {one.t[1]:g}", f"{len(one.steps)} steps", *filter(None, extra)])
+    return ", ".join(
+        [
+            f"t {one.t[0]:g} … {one.t[1]:g}",
+            f"{len(one.steps)} step{'' if len(one.steps) == 1 else 's'}",
+            *filter(None, extra),
+        ]
+    )
 
 
 def _numbers(layer: LayerPlan) -> str:

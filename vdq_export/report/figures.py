@@ -1,6 +1,7 @@
 """The plots of the report page, by Bokeh: as JSON that its JavaScript draws.
 
-Drawn for light paper; the page's style sheet inverts them where the reader wants it dark.
+Drawn for light paper; the page's style sheet inverts their lightness where the reader wants it dark. So colours that
+mean something are of middle lightness and differ in hue: they keep their meaning and their distance from the paper.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from bokeh.core.json_encoder import serialize_json
 from bokeh.document import Document
 from bokeh.model import Model
 from bokeh.models import (
+    Axis,
     BasicTicker,
+    CategoricalAxis,
     ColorBar,
     ColumnDataSource,
     CustomJS,
@@ -24,18 +27,20 @@ from bokeh.models import (
     Range1d,
     TapTool,
 )
-from bokeh.palettes import YlOrRd9, interp_palette
+from bokeh.palettes import interp_palette
 from bokeh.plotting import figure
 
-from vdq_export.metrics import LIMIT_DB
 from vdq_export.report.cells import REPEATED, Cell, columns
 from vdq_export.report.data import StepError
 
 INK, PAPER, UNKNOWN = "#33373d", "#ffffff", "#d7dade"
 BLUE, ORANGE, GREEN = "#1f6fb2", "#d1690e", "#2b8a3e"
-COLOURS = 64
-FEW_LAYERS = 160  # above that rows are thinner
-FLOOR_DB = 1.0  # span of the colours where all cells are alike
+# Below the threshold red, above it from orange over yellow to blue; colour-blind people see them apart.
+LOW, HIGH = ("#a01f52", "#d0404a"), ("#e07b39", "#e2b83c", "#9dbf8f", "#5aa3c4", "#3d78b8")
+BELOW_DB, ABOVE_DB, A_COLOUR_DB = 10, 40, 1  # span of the colours from the threshold, alike in all reports
+ROW, LABELLED, THINNEST = 16, 13, 4  # pixels of a row: at most, where every row has its label, at least
+TALLEST = 4800  # pixels of the cells: phones draw no larger canvas
+TALL = 1200  # above that the bins are named below too
 
 
 def to_json(figures: Mapping[str, Model]) -> str:
@@ -62,26 +67,30 @@ def _renumbered(text: str, prefix: str) -> str:
     return re.sub(r'"(id|root_id)":"(p\d+)"', renamed, text)
 
 
-def heat_map(cells: Sequence[Cell], threshold_db: float) -> Model:
-    """Layer × bin, coloured by SQNR; a cross where it misses the threshold. A tap calls the page's showCell()."""
+def heat_map(cells: Sequence[Cell], threshold_db: float, spans: Mapping[str, str]) -> Model:
+    """Layer × bin, coloured by SQNR; a cross where it misses the threshold. A tap calls the page's showCell().
+
+    spans: by bin what it serves, in few letters. The colours are fixed to the threshold: one broken layer would
+    otherwise take all of them for itself.
+    """
     layers = list(dict.fromkeys(one.layer for one in cells))
     bins = list(dict.fromkeys(one.bin for one in cells))
-    known = [one.sqnr_db for one in cells if one.sqnr_db is not None and one.sqnr_db < LIMIT_DB]
-    low = min([*known, threshold_db])
-    high = max([*known, low + FLOOR_DB])
     data, texts = columns(cells)
     source, told = ColumnDataSource(data), ColumnDataSource({"text": texts})
     source.data["sqnr_db"] = [float("nan") if one.sqnr_db is None else one.sqnr_db for one in cells]
     source.data["mark"] = ["×" if one.state == "low" else "" for one in cells]
-    row = 16 if len(layers) <= FEW_LAYERS else 9
+    row = max(THINNEST, min(ROW, TALLEST // max(len(layers), 1)))
     plot = _figure(
         x_range=FactorRange(*bins),
         y_range=FactorRange(*reversed(layers)),
-        height=90 + row * len(layers),
+        height=120 + row * len(layers),
         x_axis_location="above",
     )
     plot.name = "heat"
-    colours = LinearColorMapper(palette=interp_palette(YlOrRd9, COLOURS), low=low, high=high, nan_color=UNKNOWN)
+    low, high = (interp_palette(ends, db // A_COLOUR_DB) for ends, db in ((LOW, BELOW_DB), (HIGH, ABOVE_DB)))
+    colours = LinearColorMapper(
+        palette=(*low, *high), low=threshold_db - BELOW_DB, high=threshold_db + ABOVE_DB, nan_color=UNKNOWN
+    )
     drawn = plot.rect(
         "bin",
         "layer",
@@ -103,15 +112,30 @@ def heat_map(cells: Sequence[Cell], threshold_db: float) -> Model:
     plot.add_tools(tip, TapTool(renderers=[drawn]))
     code = "showCell(source.data, told.data.text, this.indices)"
     source.selected.js_on_change("indices", CustomJS(args={"source": source, "told": told}, code=code))
-    if known:
-        bar = ColorBar(color_mapper=colours, ticker=BasicTicker(desired_num_ticks=5), height=10, title="SQNR, dB")
+    if any(one.sqnr_db is not None for one in cells):
+        title = f"SQNR, dB; asked: {threshold_db:g}"
+        bar = ColorBar(color_mapper=colours, ticker=BasicTicker(desired_num_ticks=6), height=10, title=title)
         bar.background_fill_color = None
         bar.major_label_text_color = bar.title_text_color = INK
-        plot.add_layout(bar, "below")
+        plot.add_layout(bar, "above")
+    if row * len(layers) > TALL:
+        plot.add_layout(_styled(CategoricalAxis()), "below")
     plot.grid.visible = False
-    plot.xaxis.major_label_orientation = 0.0 if len(bins) <= 6 else 1.2
+    plot.xaxis.major_label_overrides = dict(spans)
+    plot.yaxis.major_label_overrides = {} if row >= LABELLED else block_labels(layers, row)
     plot.axis.major_tick_line_color = plot.axis.axis_line_color = None
     return plot
+
+
+def block_labels(layers: Sequence[str], row: int) -> dict[str, str]:
+    """{layer: the block that begins there, or ""}: where rows of `row` pixels are too thin for a label each."""
+    found, last, room = {}, "", LABELLED
+    for layer in layers:
+        block = re.sub(r"^(.*?\.\d+)\..*", r"\1", layer)
+        named = block != last and room >= LABELLED
+        found[layer] = block if named else ""
+        last, room = (block, row) if named else (last, room + row)
+    return found
 
 
 def ranges(width: tuple[float, float]) -> Model:
@@ -123,31 +147,39 @@ def ranges(width: tuple[float, float]) -> Model:
     plot = _figure(height=320, x_range=Range1d(*width), y_range=Range1d(-1.0, 1.0), **axes)
     plot.name = "ranges"
     edges = ColumnDataSource({"t": []}, name="edges")
-    boxes = ColumnDataSource({name: [] for name in ("left", "right", "lo", "hi", "bin", "why")}, name="boxes")
-    for branch, colour in (("cond", BLUE), ("uncond", GREEN)):
+    # Both branches often see the same: one is drawn larger below the other, and their tips stand on two sides.
+    looks = (("cond", BLUE, "circle", 10, "above"), ("uncond", GREEN, "diamond", 8, "below"))
+    for branch, colour, marker, size, side in looks:
         band = ColumnDataSource({name: [] for name in ("t", "lo", "hi", "raw_lo", "raw_hi")}, name=branch)
         plot.varea(x="t", y1="lo", y2="hi", source=band, fill_color=colour, fill_alpha=0.22, legend_label=branch)
         for end in ("lo", "hi"):
             plot.line("t", end, source=band, line_color=colour, line_width=1.5)
-            plot.line("t", f"raw_{end}", source=band, line_color=colour, line_dash="dotted", line_alpha=0.8)
-        points = plot.scatter("t", "hi", source=band, size=7, fill_color=colour, line_color=None)
+            raw = f"raw_{end}"
+            plot.line(
+                "t", raw, source=band, line_color=colour, line_dash="dotted", legend_label="unsmoothed, unrotated"
+            )
+        points = plot.scatter("t", "hi", source=band, marker=marker, size=size, fill_color=colour, line_color=None)
         tips = [("timestep", "@t{0.##}"), ("range", "@lo{0.[0000]} … @hi{0.[0000]}")]
         tips += [("before smoothing", "@raw_lo{0.[0000]} … @raw_hi{0.[0000]}"), ("call", branch)]
-        plot.add_tools(HoverTool(renderers=[points], tooltips=tips))
+        plot.add_tools(HoverTool(renderers=[points], tooltips=tips, attachment=side))
     plot.vspan(x="t", source=edges, line_color=INK, line_dash="dashed", line_alpha=0.7)
-    drawn = plot.quad(
-        left="left",
-        right="right",
-        bottom="lo",
-        top="hi",
-        source=boxes,
-        fill_color=None,
-        line_color=ORANGE,
-        line_width=1.5,
-        legend_label="range of a bin",
-    )
-    tips = [("bin", "@bin"), ("range", "@lo{0.[0000]} … @hi{0.[0000]}"), ("why", "@why")]
-    plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips))
+    boxes = (("any", ORANGE, "solid", "right"), ("cond", BLUE, "solid", "right"), ("uncond", GREEN, "dashed", "left"))
+    for branch, colour, dash, side in boxes:
+        edge = {name: [] for name in ("left", "right", "lo", "hi", "bin", "why")}
+        drawn = plot.quad(
+            left="left",
+            right="right",
+            bottom="lo",
+            top="hi",
+            source=ColumnDataSource(edge, name=f"boxes-{branch}"),
+            fill_color=None,
+            line_color=colour,
+            line_dash=dash,
+            line_width=2,
+            legend_label="range of a bin" if branch == "any" else f"of a bin, {branch}",
+        )
+        tips = [("bin", "@bin"), ("range", "@lo{0.[0000]} … @hi{0.[0000]}"), ("why", "@why")]
+        plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips, attachment=side))
     return _with_legend(plot)
 
 
@@ -185,6 +217,11 @@ def _figure(**options: Any) -> figure:
     plot.background_fill_color = plot.border_fill_color = None
     plot.outline_line_color = None
     for axis in plot.axis:
-        axis.major_label_text_color = axis.axis_label_text_color = INK
-        axis.major_label_text_font_size = "11px"
+        _styled(axis)
     return plot
+
+
+def _styled(axis: Axis) -> Axis:
+    axis.major_label_text_color = axis.axis_label_text_color = INK
+    axis.major_label_text_font_size = "11px"
+    return axis

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from vdq_export.errors import BundleError
 from vdq_export.metrics import db_text
 from vdq_export.report import comparison, figures, range_view, sections, sprites, verdict
-from vdq_export.report.cells import OUTPUT, cells, when
+from vdq_export.report.cells import OUTPUT, cells, span, when
 from vdq_export.report.content import Content
 from vdq_export.report.environment import asset, fill
 from vdq_export.schedule import Schedule
@@ -76,7 +76,8 @@ def _view(content: Content) -> dict[str, Any]:
 def _plots(content: Content, against: str) -> tuple[Markup, set[str], Markup]:
     """(the plots, their names, the numbers of the activation ranges): JSON for the page's script."""
     threshold = content.bundle.plans[0].recipe.verify.min_layer_sqnr_db
-    models = {"heat": figures.heat_map(cells(content), threshold)}
+    spans = {one.name: span(one) for plan in content.bundle.plans for one in plan.bins}
+    models = {"heat": figures.heat_map(cells(content), threshold, spans)}
     networks = content.ranges.networks if content.ranges else ()
     times = [t for one in networks for t in one.t]
     if times:

@@ -3,7 +3,7 @@ const tip = document.getElementById("tip");
 const steps = [...document.querySelectorAll(".step")];
 const chooser = document.querySelector(".tools select");
 let current = 0;
-let zoom = "fit";
+let zoom = 1;  // letters can be read; the whole is one click away
 
 function place(x, y) {
   const { offsetWidth: w, offsetHeight: h } = tip;
@@ -48,12 +48,12 @@ function widths() {
   for (const svg of steps[current]?.querySelectorAll("svg") ?? []) {
     const full = Number(svg.dataset.width);
     const room = svg.parentElement.clientWidth;
-    svg.setAttribute("width", zoom === "fit" ? Math.min(full, Math.max(room, 0.55 * full)) : full * zoom);
+    svg.setAttribute("width", zoom === "fit" ? Math.min(full, room) : full * zoom);
   }
 }
 
 function toFirstChange(step) {
-  const box = step.querySelector(".box.only, .box.changed");
+  const box = step.querySelector(".box.only, .box.changed") ?? step.querySelector(".box");
   const pane = box?.closest(".pane");
   if (!box) return;
   const [there, here] = [box.getBoundingClientRect(), pane.getBoundingClientRect()];

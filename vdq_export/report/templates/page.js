@@ -10,7 +10,7 @@ function showCell(data, texts, indices) {
   list.replaceChildren();
   list.hidden = indices.length === 0;
   if (list.hidden) return;
-  const names = { layer: "layer", bin: "bin", when: "serves", sqnr: "SQNR", worst: "", numbers: "numbers", range: "range",
+  const names = { layer: "layer", bin: "bin", when: "serves", sqnr: "SQNR", worst: "worst step", numbers: "numbers", range: "range",
     clip: "clip", alpha: "alpha", rank: "rank", place: "folded", why: "why" };
   for (const [field, title] of Object.entries(names)) {
     const found = data[field][indices[0]];
@@ -70,8 +70,12 @@ function rangeData(network, value, boxes) {
     });
     found[branch] = data;
   }
-  const column = (index) => boxes.map((one) => one[index]);
-  found.boxes = { bin: column(0), left: column(1), right: column(2), lo: column(3), hi: column(4), why: column(5), branch: column(6) };
+  for (const branch of ["any", "cond", "uncond"]) {
+    const mine = boxes.filter((one) => one[6] === branch);
+    const column = (index) => mine.map((one) => one[index]);
+    const data = { bin: column(0), left: column(1), right: column(2), lo: column(3), hi: column(4), why: column(5) };
+    found[`boxes-${branch}`] = data;
+  }
   found.edges = { t: network.edges };
   return found;
 }
@@ -98,6 +102,12 @@ function startRanges(plot) {
     const [lowest, highest] = [Math.min(...ends), Math.max(...ends)];
     const room = 0.05 * (highest - lowest || 1);
     plot.y_range.setv({ start: lowest - room, end: highest + room });
+    plot.x_range.setv({ start: Math.max(...network.t, ...network.edges), end: Math.min(...network.t, ...network.edges) });
+    const [legend] = plot.above.filter((one) => one.type === "Legend");
+    for (const item of legend.items) {
+      item.visible = item.renderers.some(({ data_source }) => Object.values(data_source.data)[0].length > 0);
+    }
+    document.getElementById("layer-name").textContent = choose.selectedOptions[0].text;
     const others = value.layers.length > 1 ? `, read by ${value.layers.map(([name]) => name).join(", ")}` : "";
     const folded = value.afterLo.length ? "" : "; neither smoothed nor rotated";
     document.getElementById("ranges-note").textContent = `${value.value}${others}${folded}${none && `; ${none}`}`;
@@ -106,13 +116,39 @@ function startRanges(plot) {
   if (choices.length) show();
 }
 
-// On a phone long names would leave no room for the cells: their ends stay.
-function shortenLabels(plot) {
-  const narrow = document.getElementById("heat").clientWidth < 600;
+// Bokeh holds an empty map as a plain object.
+const asMap = (found) => new Map(found instanceof Map ? found : Object.entries(found));
+
+// On a phone long names would leave no room for the cells: their ends stay. Of many bins every n-th is named.
+function fitLabels(plot) {
+  const width = document.getElementById("heat").clientWidth;
+  const narrow = width < 600;
   const longest = 18;
-  const names = plot.y_range.factors.filter((name) => narrow && name.length > longest);
-  plot.left[0].major_label_overrides = new Map(names.map((name) => [name, `…${name.slice(1 - longest)}`]));
-  if (narrow) plot.above[0].major_label_orientation = 1.2;
+  const line = 14; // pixels
+  const layers = asMap(plot.left[0].major_label_overrides);
+  for (const name of plot.y_range.factors) {
+    const text = layers.get(name) ?? name;
+    if (narrow && text.length > longest) layers.set(name, `…${text.slice(1 - longest)}`);
+  }
+  plot.left[0].major_label_overrides = layers;
+  const bins = plot.x_range.factors;
+  const room = (width - (narrow ? 130 : 240)) / bins.length;
+  const flat = room > 70;
+  const every = flat ? 1 : Math.ceil(line / room);
+  const axes = [...plot.above, ...plot.below].filter((one) => one.type === "CategoricalAxis");
+  const named = asMap(axes[0].major_label_overrides);
+  bins.forEach((name, place) => {
+    const text = named.get(name) ?? name;
+    named.set(name, place % every ? "" : flat ? text : text.replace("\n", " "));
+  });
+  const label = { major_label_overrides: named, major_label_orientation: flat ? 0 : Math.PI / 2 };
+  for (const axis of axes) axis.setv(label);
+}
+
+// Paper is narrower than a screen: plots shrink in print by as much as that takes, the text beside them does not.
+function fitPaper() {
+  const widest = Math.max(...[...document.querySelectorAll(".plot")].map((one) => one.clientWidth));
+  document.documentElement.style.setProperty("--on-paper", String(Math.min(1, 680 / widest)));
 }
 
 async function start() {
@@ -120,9 +156,11 @@ async function start() {
   for (const [name, plot] of Object.entries(numbers("plots"))) {
     const views = await Bokeh.embed.embed_item({ ...plot, target_id: name });
     const [{ model }] = [...views];
-    if (name === "heat") shortenLabels(model);
+    if (name === "heat") fitLabels(model);
     if (name === "ranges") startRanges(model);
   }
+  fitPaper();
+  addEventListener("resize", fitPaper);
   document.body.dataset.state = "ready";
 }
 
