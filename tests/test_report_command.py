@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from tests.commands import command
-from vdq_export import export
+from vdq_export import export, sources
 from vdq_export.bundle import Bundle
 from vdq_export.commands.report import report_command
 from vdq_export.errors import BundleError, ModelError
 from vdq_export.manifest import PAGE, REPORT
-from vdq_export.report.data import KernelCount, VerifyReport
+from vdq_export.progress import Reporter
+from vdq_export.report.data import KernelCount, LayerQuality, VerifyReport
 from vdq_export.report.passes import PASSES
 from vdq_export.report.ranges import RANGES, RangesReport
+from vdq_export.verify import Clips, judge_clips, make_clips
 
 MODEL = "tests.clip_model:build"
 
@@ -66,6 +71,7 @@ def test_a_bundle_that_was_not_verified_is_verified(bundle: Path, tmp_path: Path
     assert (code, err) == (0, "") and out.startswith("bundle/report/report.html: ")
     found = Bundle.open(bundle).report
     assert found is not None and f"verdict {found.verdict}" in out
+    assert found.clips == 1 and found.worst_psnr_db == found.psnr_db
     assert [one.t for one in found.growth] == [800.0, 550.0, 300.0, 120.0, 20.0]
     assert all(10 < one.sqnr_db < 100 for one in found.growth)
     page = text(bundle / PAGE)
@@ -93,6 +99,24 @@ def test_without_clips_no_model_is_needed(bundle: Path) -> None:
     page = text(bundle / PAGE)
     assert "&lt;b&gt;x&lt;/b&gt; is below" in page and "<b>x</b>" not in page
     assert "nowhere:at-all" in page and "1 of 2" in page
+
+
+def test_the_float_models_clips_are_made_once(exported: Path) -> None:
+    opened, model = Bundle.open(exported), sources.resolve(MODEL)
+    made = make_clips(opened, model, 1, Reporter())
+    again = make_clips(opened, replace(model, module=torch.nn.Identity()), 1, Reporter(), reference=made.reference)
+    assert again.reference[0] is made.reference[0] and again.growth == [[]]
+    assert np.array_equal(again.quantized[0], made.quantized[0])
+
+
+def test_clips_below_a_threshold_lead_to_what_costs_them(exported: Path) -> None:
+    model, plan = sources.resolve(MODEL), Bundle.open(exported).plan
+    made = Clips(reference=[np.zeros((1, 2, 4, 4))], quantized=[np.full((1, 2, 4, 4), 0.0317687)])
+    layers = (LayerQuality(layer="a", bin=0, sqnr_db=40.0, worst_step=1.0),)
+    psnr, _, (line,) = judge_clips(model, made, plan.recipe.verify, layers)
+    assert psnr is not None and 29.95 < psnr < 30
+    assert "PSNR 29.96 dB is below 30; weakest by itself: a" in line and line.endswith("vdq-export bisect")
+    assert "bisect" not in judge_clips(model, made, plan.recipe.verify, layers, "clips on the device")[2][0]
 
 
 def test_what_cannot_be_shown_is_said(bundle: Path, tmp_path: Path) -> None:

@@ -305,8 +305,9 @@ def judge_clips(
         return None, None, []
     failures = []
     psnr, wanted = made.mean_psnr_db(), thresholds.min_psnr_db
+    weakest = _worst(layers) + ("; which layers cost the clips: vdq-export bisect" if where == "clips" else "")
     if psnr < wanted:
-        failures.append(f"{where}: PSNR {db_text(psnr, wanted)} is below {wanted:g}; {_worst(layers)}")
+        failures.append(f"{where}: PSNR {db_text(psnr, wanted)} is below {wanted:g}; {weakest}")
     if model.judge is None:
         return psnr, None, failures
     cases = range(len(made.reference))
@@ -314,17 +315,14 @@ def judge_clips(
     for measure, before in scores.float_.items():
         drop = before - scores.quantized[measure]
         if drop > thresholds.max_judge_drop + 1e-9:
-            failures.append(
-                f"judge: {measure} fell by {drop:.3f}, allowed {thresholds.max_judge_drop:g}; {_worst(layers)}"
-            )
+            failures.append(f"judge: {measure} fell by {drop:.3f}, allowed {thresholds.max_judge_drop:g}; {weakest}")
     return psnr, scores, failures
 
 
 def _worst(layers: Sequence[LayerQuality]) -> str:
     """The weakest by itself need not be what costs the clips most: errors of other layers cancel or are amplified."""
     weakest = min(layers, key=lambda q: q.sqnr_db)
-    alone = f"weakest by itself: {weakest.layer} in bin{weakest.bin:02d} ({weakest.sqnr_db:.1f} dB)"
-    return f"{alone}; which layers cost the clips: vdq-export bisect"
+    return f"weakest by itself: {weakest.layer} in bin{weakest.bin:02d} ({weakest.sqnr_db:.1f} dB)"
 
 
 def _db(signal: float, noise: float) -> float:
