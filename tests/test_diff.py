@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,12 +15,15 @@ import pytest
 from click.testing import CliRunner
 from onnx import helper
 
+from tests import tiny_bundle
 from tests.graphs import Builder, get_param, insert, node, quantized_linear, renamed, set_param, transformer
 from vdq_export.commands.diff import diff_command
+from vdq_export.diff.bins import pair_graphs, partners
 from vdq_export.diff.compare import Change, Difference, diff, diff_views
 from vdq_export.diff.text import render
 from vdq_export.errors import VdqError
 from vdq_export.graphs import view as graph_view
+from vdq_export.schedule import ScheduledBin, When
 
 
 def scrambled(name: str) -> str:
@@ -181,8 +185,8 @@ def test_scale_and_zero_point(disguise: Disguise) -> None:
     """Q and DQ share them: each is one change, told with its layer, old and new value."""
     difference = compare(quantized_linear(0.05, 128), disguise(quantized_linear(0.06, 120)))
     assert difference.changes == (
-        Change("parameter", "proj/Q", "scale: 0.05 -> 0.06 (+20.000%)"),
-        Change("parameter", "proj/Q", "zero_point: 128 -> 120 (-8)"),
+        Change("parameter", "proj/Q", "scale: 0.05 -> 0.06 (+20.000%)", ("proj/DQ",)),
+        Change("parameter", "proj/Q", "zero_point: 128 -> 120 (-8)", ("proj/DQ",)),
     )
 
 
@@ -265,7 +269,7 @@ def test_command(tmp_path: Path) -> None:
     assert as_json.exit_code == 1
     answer = json.loads(as_json.output)
     assert answer["same"] is False and answer["counts"] == {"parameter": 1}
-    assert answer["changes"][0].keys() == {"kind", "where", "detail"}
+    assert answer["changes"][0].keys() == {"kind", "where", "detail", "also"}
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a graph at all", b"\x08\x01"])
@@ -287,3 +291,30 @@ def test_graph_with_a_cycle_or_a_hole() -> None:
     node(model, "proj/MatMul").input[0] = "nowhere"
     with pytest.raises(VdqError, match="proj/MatMul reads 'nowhere'"):
         graph_view.from_proto(model)
+
+
+def test_bins_are_compared_with_those_of_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bin 1 of four is not bin 1 of three."""
+    four, three_bins = tiny_bundle.write(tmp_path / "four"), tiny_bundle.bins(edges=(1000.0, 500.0, 250.0, 0.0))
+    monkeypatch.setattr(tiny_bundle, "bins", lambda branches: three_bins)
+    three = tiny_bundle.write(tmp_path / "three")
+    assert [label for label, _, new in pair_graphs(four, three) if new is None] == ["bin01"]
+    found = diff(four.path, three.path)
+    assert [(x.kind, x.where, x.detail) for x in found.changes if x.kind == "removed"] == [
+        ("removed", "bin01", "graph body.bin01.onnx: no counterpart")
+    ]
+    places = {x.where.partition(": ")[0] for x in found.changes if x.kind == "parameter"}
+    assert places == {"bin02 -> bin01", "bin03 -> bin02"}, "gains go by number in both"
+    assert diff(three.path, three.path).same
+
+
+def test_bins_of_other_experts_branches_and_steps_are_no_counterparts() -> None:
+    def one(hi: float, lo: float, **calls: Any) -> ScheduledBin:
+        return ScheduledBin(graph="x", when=When(t=(lo, hi), **calls))
+
+    high, low = one(1000, 500, expert="high"), one(500, 0, expert="low")
+    halves = one(500, 250, expert="low"), one(250, 0, expert="low")
+    assert partners((high, low), (high, low)) == {0: 0, 1: 1}
+    assert partners((low, high), (high, *halves)) == {0: 1, 1: 0}
+    assert partners((one(500, 0),), (one(500, 0, branch="cond"),)) == {}
+    assert partners((one(500, 0),), (one(1000, 500), one(600, 100))) == {0: 1}

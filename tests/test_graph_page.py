@@ -92,9 +92,9 @@ def of(picture: Picture, status: str) -> list[str]:
 
 
 def drawn(a: onnx.ModelProto, b: onnx.ModelProto, block: str) -> tuple[Picture, Picture]:
-    difference, matching = compare(graph_view.from_proto(a), graph_view.from_proto(b))
-    members = [graph_draw.members(side, block) for side in (matching.a, matching.b)]
-    return graph_draw.draw_pair(matching, difference, members[0], members[1], block)
+    found = compare(graph_view.from_proto(a), graph_view.from_proto(b))
+    members = [graph_draw.members(side, block) for side in (found.matching.a, found.matching.b)]
+    return graph_draw.draw_pair(found, members[0], members[1], block)
 
 
 def test_a_block_with_its_ends() -> None:
@@ -160,10 +160,46 @@ def test_order_that_turned_round_is_still_drawn() -> None:
         return model
 
     a, b = (graph_view.from_proto(chain(*kinds)) for kinds in (("Sin", "Cos", "Tanh"), ("Tanh", "Sin", "Cos")))
-    difference, matching = compare(a, b)
-    everything = [graph_draw.members(side, None) for side in (matching.a, matching.b)]
-    pictures = graph_draw.draw_pair(matching, difference, everything[0], everything[1])
+    found = compare(a, b)
+    everything = [graph_draw.members(side, None) for side in (found.matching.a, found.matching.b)]
+    pictures = graph_draw.draw_pair(found, everything[0], everything[1])
     assert all(len(one.boxes) == 19 + 3 + 2 for one in pictures)
+
+
+def test_operators_of_one_name_are_told_apart() -> None:
+    a, b = transformer(3), transformer(3)
+    for model in (a, b):
+        for one in model.graph.node:
+            one.name = "again"
+    next(n for n in b.graph.node if n.op_type == "Gelu" and n.output[0].startswith("blocks.1.")).op_type = "Relu"
+    found = compare(graph_view.from_proto(a), graph_view.from_proto(b))
+    sides = graph_draw.draw_pair(
+        found, graph_draw.members(found.matching.a, None), graph_draw.members(found.matching.b, None)
+    )
+    assert [one.counts["changed"] for one in sides] == [1, 1]
+    assert [len(one) for one in graph_draw.touched(found)] == [1, 1]
+
+
+def shared(scale: float) -> onnx.ModelProto:
+    """transformer(3) whose blocks read one to_v weight."""
+    model = transformer(3)
+    for one in model.graph.node:
+        one.input[:] = ["shared" if x.endswith(".attn.to_v.weight") else x for x in one.input]
+    weight = scale * get_param(model, "blocks.0.attn.to_v.weight")
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight.astype(np.float32), "shared"))
+    return model
+
+
+def test_a_constant_that_many_read_is_a_change_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [(name, tmp_path / f"{name}.onnx") for name in ("linear", "qdq")]
+    for scale, (_, path) in enumerate(found, 1):
+        onnx.save_model(shared(scale), str(path))
+    page = graph_page.passes_page(tmp_path, found, "blocks.1").decode()
+    assert "No pass changed" not in page and 'class="box changed"' in page
+    monkeypatch.setattr(graph_page, "WHOLE", 20)
+    page = graph_page.diff_page(found[0][1], found[1][1]).decode()
+    assert re.findall(r'data-name="([\w.]+)"', page) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert "blocks.0.attn.to_v/MatMul, blocks.1.attn.to_v/MatMul, blocks.2.attn.to_v/MatMul" in page
 
 
 # -- the part as a file ----------------------------------------------------------------------------------------------
@@ -202,6 +238,7 @@ def test_a_folder_of_passes_shows_what_each_did(files: Path) -> None:
     assert "<small>1 added, 2 changed</small>" in page and "<small>1 added</small>" in page
     untouched = graph_page.passes_page(files / "passes", found, "blocks.2").decode()
     assert "No pass changed blocks.2" in untouched and 'class="step"' not in untouched
+    assert "data-zoom" not in untouched.partition("<script>")[0]
     with pytest.raises(UnknownNameError):
         graph_page.passes_page(files / "passes", found, "blocks.7")
 
@@ -272,6 +309,7 @@ def test_a_browser_shows_it(files: Path, tmp_path: Path, monkeypatch: pytest.Mon
         assert one["twins"] == 2 and one["box"].startswith("MatMul  blocks.1.") and "f32[1,4,8]" in one["box"]
         assert one["line"].endswith("f32[1,4,8]")
         assert one["zoomed"][1] == pytest.approx(1.25 * one["zoomed"][0])
+        assert one["opened"] == one["zoomed"][0] and one["zoomed"][2] <= one["room"]
         assert (one["dark"], one["wide"], one["wideOnPhone"]) == ("rgb(20, 23, 26)", False, False)
     assert [one["steps"] for one in seen] == [2, 1]
     assert (seen[0]["first"].split()[0], seen[0]["second"].split()[0]) == ("qdq", "dynamic_quantize")

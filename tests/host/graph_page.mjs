@@ -34,9 +34,12 @@ try {
       box?.dispatchEvent(new PointerEvent("pointerover", { bubbles: true }));
       return box ? document.getElementById("tip").textContent : "";
     });
+    const width = () => page.locator(".step:visible svg").first().getAttribute("width");
+    seen.opened = Number(await width());
+    seen.room = await page.locator(".step:visible .pane").first().evaluate((pane) => pane.clientWidth);
     for (const zoom of ["1", "1.25", "fit"]) {
       await page.click(`[data-zoom="${zoom}"]`);
-      seen.zoomed.push(Number(await page.locator(".step:visible svg").first().getAttribute("width")));
+      seen.zoomed.push(Number(await width()));
     }
     await page.keyboard.press("ArrowRight");
     seen.second = await shown();

@@ -7,30 +7,36 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from vdq_export.bundle import Bundle
+from vdq_export.diff.bins import pair_graphs
 from vdq_export.diff.match import Matching, Side, Source, match, patches
 from vdq_export.diff.values import describe, difference, role, settings
 from vdq_export.errors import VdqError
 from vdq_export.graphs import view as graph_view
 from vdq_export.graphs.view import INPUT, OUTPUT, GraphView, Op, Param, TensorType
-from vdq_export.inspect import bundle_graphs
 from vdq_export.manifest import MANIFEST
 
 Kind = Literal["added", "removed", "rewired", "retyped", "parameter", "schedule", "plan", "manifest"]
 _BOOKKEEPING = {"files", "tools"}  # of the manifest: differs whenever anything does, or says nothing about the graphs
 
 
-class Change(msgspec.Struct, frozen=True):
-    """One edit. `where` is the operator (or setting) in the first graph, in the second one where it was added."""
+class Change(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One edit. `where` is the operator (or setting) in the first graph, in the second one where it was added.
+
+    also: other operators that read the constant which changed.
+    """
 
     kind: Kind
     where: str
     detail: str
+    also: tuple[str, ...] = ()
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -54,6 +60,18 @@ class Difference(msgspec.Struct, frozen=True):
         return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What differs between two graphs, and which operator of one is which of the other.
+
+    edited: for each change the operators it names, by index in the first graph; in the second where they were added.
+    """
+
+    difference: Difference
+    matching: Matching
+    edited: tuple[frozenset[int], ...]
+
+
 def diff(a: Path, b: Path) -> Difference:
     """Compare two ONNX files or two bundle folders.
 
@@ -69,21 +87,22 @@ def diff(a: Path, b: Path) -> Difference:
 
 def diff_views(a: GraphView, b: GraphView) -> Difference:
     """Compare two graphs already loaded."""
-    return compare(a, b)[0]
+    return compare(a, b).difference
 
 
-def compare(a: GraphView, b: GraphView) -> tuple[Difference, Matching]:
-    """What differs between two graphs, and which operator of one is which of the other."""
+def compare(a: GraphView, b: GraphView) -> Comparison:
+    """Compare two graphs already loaded, operator by operator."""
     matching = match(Side(a), Side(b))
-    comparison = _Comparison(matching)
-    changes = tuple(comparison.changes())
-    names = [(one.type, one.name, other.name) for one, other in comparison.pairs() if one.name != other.name]
+    edits = _Edits(matching)
+    found = edits.all()
+    changes = tuple(change for change, _ in found)
+    names = [(one.type, one.name, other.name) for one, other in edits.pairs() if one.name != other.name]
     renamed_io = tuple(f"{old} -> {new}" for kind, old, new in names if kind in (INPUT, OUTPUT))
     counts = _counts(changes)
     difference = Difference(
-        a.origin, b.origin, "graph", not changes, counts, changes, len(names), renamed_io, comparison.follow_on
+        a.origin, b.origin, "graph", not changes, counts, changes, len(names), renamed_io, edits.follow_on
     )
-    return difference, matching
+    return Comparison(difference, matching, tuple(frozenset(ops) for _, ops in found))
 
 
 def _what(path: Path) -> Literal["graph", "bundle"]:
@@ -104,17 +123,15 @@ def _diff_bundles(a: Bundle, b: Bundle) -> Difference:
     changes: list[Change] = []
     pairs: dict[str, Difference] = {}
     digests: graph_view.Digests = {}
-    graphs = [bundle_graphs(bundle) for bundle in (a, b)]
-    for label, path in graphs[0].items():
-        other = graphs[1].pop(label, None)
-        if other is None:
-            changes.append(Change("removed", label, f"graph {path.name}"))
+    for label, old_graph, new_graph in pair_graphs(a, b):
+        if old_graph is None or new_graph is None:
+            kind: Kind = "added" if old_graph is None else "removed"
+            path = old_graph or new_graph
+            changes.append(Change(kind, label, f"graph {path.name if path else ''}: no counterpart"))
             continue
-        one = pairs[label] = diff_views(
-            graph_view.load(path, root=a.path, digests=digests), graph_view.load(other, root=b.path, digests=digests)
-        )
-        changes += [Change(change.kind, f"{label}: {change.where}", change.detail) for change in one.changes]
-    changes += [Change("added", label, f"graph {path.name}") for label, path in graphs[1].items()]
+        views = (graph_view.load(x, root=y.path, digests=digests) for x, y in ((old_graph, a), (new_graph, b)))
+        one = pairs[label] = diff_views(*views)
+        changes += [replace(change, where=f"{label}: {change.where}") for change in one.changes]
     changes += _settings("schedule", _plain(a.schedule), _plain(b.schedule))
     if len(a.plans) != len(b.plans):
         changes.append(Change("plan", "plans", f"{len(a.plans)} -> {len(b.plans)}"))
@@ -150,45 +167,50 @@ def _settings(kind: Kind, old: Any, new: Any) -> list[Change]:
     return [Change(kind, where or kind, detail) for where, detail in settings(old, new)]
 
 
-class _Comparison:
-    """Turns a matching into changes."""
+class _Edits:
+    """Turns a matching into changes, each with the operators that it is of: see Comparison."""
 
     def __init__(self, matching: Matching) -> None:
         self.m = matching
         self.a, self.b = matching.a, matching.b
         self.follow_on = 0
-        self.reported: set[tuple[str, str]] = set()  # parameters (of a, of b): one that many read is one change
+        self.readers: dict[tuple[str, str], list[int]] = {}  # of a parameter (of a, of b): one change, however many
         self.entries_a = _entries(self.a, matching.to_b)
         self.entries_b = _entries(self.b, matching.to_a)
 
     def pairs(self) -> Iterator[tuple[Op, Op]]:
         return ((self.a.ops[i], self.b.ops[j]) for i, j in sorted(self.m.to_b.items()))
 
-    def changes(self) -> Iterator[Change]:
+    def all(self) -> list[tuple[Change, list[int]]]:
+        found = list(self._all())  # only then it is known of every parameter who reads it
+        names = [tuple(self.a.ops[i].name for i in ops[1:]) for _, ops in found]
+        return [(replace(change, also=also), ops) for (change, ops), also in zip(found, names, strict=True)]
+
+    def _all(self) -> Iterator[tuple[Change, list[int]]]:
         yield from self._opsets()
         for index, op in enumerate(self.a.ops):
             if index not in self.m.to_b:
-                yield Change("removed", op.name, _describe(self.a, index))
+                yield Change("removed", op.name, _describe(self.a, index)), [index]
             else:
                 yield from self._pair(index, self.m.to_b[index])
         for index, op in enumerate(self.b.ops):
             if index not in self.m.to_a:
-                yield Change("added", op.name, _describe(self.b, index))
+                yield Change("added", op.name, _describe(self.b, index)), [index]
         yield from self._order()
 
-    def _opsets(self) -> Iterator[Change]:
+    def _opsets(self) -> Iterator[tuple[Change, list[int]]]:
         for domain, detail in settings(self.a.view.opsets, self.b.view.opsets):
-            yield Change("retyped", f"opset {domain}", detail)
+            yield Change("retyped", f"opset {domain}", detail), []
 
-    def _order(self) -> Iterator[Change]:
+    def _order(self) -> Iterator[tuple[Change, list[int]]]:
         """A caller may take outputs by position: the same outputs in another order are a difference."""
         outputs = {op.name: i for i, op in enumerate(self.a.ops) if op.type == OUTPUT}
         kept = [self.m.to_b[outputs[name]] for name in self.a.view.outputs if outputs[name] in self.m.to_b]
         moved = [self.b.ops[j].name for j in kept]
         if moved != [name for name in self.b.view.outputs if name in moved]:
-            yield Change("rewired", "outputs", f"order {', '.join(moved)} -> {', '.join(self.b.view.outputs)}")
+            yield Change("rewired", "outputs", f"order {', '.join(moved)} -> {', '.join(self.b.view.outputs)}"), []
 
-    def _pair(self, i: int, j: int) -> Iterator[Change]:
+    def _pair(self, i: int, j: int) -> Iterator[tuple[Change, list[int]]]:
         old, new = self.a.ops[i], self.b.ops[j]
         retyped = [f"{old.type} -> {new.type}"] if old.type != new.type else []
         retyped += [f"{name}: {text}" for name, text in settings(dict(old.attrs), dict(new.attrs))]
@@ -197,16 +219,16 @@ class _Comparison:
         for slot in range(slots):
             mine, theirs = _at(self.a, i, slot), _at(self.b, j, slot)
             if isinstance(mine, Param) and isinstance(theirs, Param):
-                yield from self._param(old.name, role(old.type, slot, mine), mine, theirs)
+                yield from self._param(i, role(old.type, slot, mine), mine, theirs)
             elif mine is not None and theirs is not None and not self._explained(mine, theirs):
                 detail = f"input {slot}: {_source(self.a, mine)} -> {_source(self.b, theirs)}"
-                yield Change("rewired", old.name, detail)
+                yield Change("rewired", old.name, detail), [i]
             elif mine is None and theirs is not None and not self._unpaired(self.b, theirs):
-                yield Change("rewired", old.name, f"input {slot}: absent -> {_source(self.b, theirs)}")
+                yield Change("rewired", old.name, f"input {slot}: absent -> {_source(self.b, theirs)}"), [i]
             elif theirs is None and mine is not None and not self._unpaired(self.a, mine):
-                yield Change("rewired", old.name, f"input {slot}: {_source(self.a, mine)} -> absent")
+                yield Change("rewired", old.name, f"input {slot}: {_source(self.a, mine)} -> absent"), [i]
         if retyped:
-            yield Change("retyped", old.name, "; ".join(retyped))
+            yield Change("retyped", old.name, "; ".join(retyped)), [i]
 
     def _types(self, i: int, j: int) -> list[str]:
         """Changed output types, unless they merely follow from changed types of what the operator reads."""
@@ -223,15 +245,20 @@ class _Comparison:
     def _type_pair(self, x: str, y: str) -> tuple[TensorType | None, TensorType | None]:
         return self.a.view.types.get(x), self.b.view.types.get(y)
 
-    def _param(self, where: str, name: str, mine: Param, theirs: Param) -> Iterator[Change]:
-        same = mine.digest == theirs.digest and mine.type == theirs.type
-        if same or (mine.name, theirs.name) in self.reported:
+    def _param(self, i: int, name: str, mine: Param, theirs: Param) -> Iterator[tuple[Change, list[int]]]:
+        if mine.digest == theirs.digest and mine.type == theirs.type:
             return
-        self.reported.add((mine.name, theirs.name))
+        readers = self.readers.setdefault((mine.name, theirs.name), [])
+        if i in readers:
+            return
+        readers.append(i)
+        where = self.a.ops[i].name
+        if len(readers) > 1:
+            return
         if mine.type != theirs.type:
-            yield Change("retyped", where, f"{name}: {mine.type} -> {theirs.type}")
+            yield Change("retyped", where, f"{name}: {mine.type} -> {theirs.type}"), readers
         else:
-            yield Change("parameter", where, f"{name}: {difference(mine, theirs)}")
+            yield Change("parameter", where, f"{name}: {difference(mine, theirs)}"), readers
 
     def _explained(self, mine: Source, theirs: Source) -> bool:
         """The slot reads the same thing, or what was put in, taken out or replaced there is reported by itself."""

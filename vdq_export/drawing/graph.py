@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
-from vdq_export.diff.compare import Change, Difference
-from vdq_export.diff.match import Matching, Side
+from vdq_export.diff.compare import Comparison
+from vdq_export.diff.match import Side
 from vdq_export.diff.values import describe, role
 from vdq_export.drawing.layout import Layout, Point, layered
 from vdq_export.errors import UnknownNameError
@@ -23,6 +23,7 @@ LETTER, BOLD, LINE, PAD = 6.4, 7.1, 14.0, 8.0  # pixels of the type in boxes
 LONGEST = 30  # letters in a box
 _BLOCK = re.compile(r"(.*?\.\d+)(?=[./]|$)")  # blocks.3 of blocks.3.attn.to_q/MatMul
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+_IN_BOTH = ("retyped", "rewired", "parameter")  # kinds of changes of operators that both graphs have
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,20 @@ def draw(view: GraphView, block: str | None) -> Picture:
     return part.picture(_layout([(part, boxes)]), boxes, {})
 
 
-def draw_pair(matching: Matching, difference: Difference, chosen: Collection[int], chosen_b: Collection[int],
-              block: str = "") -> tuple[Picture, Picture]:  # fmt: skip
+def draw_pair(
+    comparison: Comparison, chosen: Collection[int], chosen_b: Collection[int], block: str = ""
+) -> tuple[Picture, Picture]:
     """The operators `chosen` of one graph and `chosen_b` of the other, each with its partners, side by side."""
+    matching = comparison.matching
     mine = set(chosen) | {matching.to_a[j] for j in chosen_b if j in matching.to_a}
     theirs = set(chosen_b) | {matching.to_b[i] for i in chosen if i in matching.to_b}
     a = _Part(matching.a, {i for i in mine if matching.a.ops[i].type != INPUT and matching.a.ops[i].outputs}, block)
     b = _Part(matching.b, {j for j in theirs if matching.b.ops[j].type != INPUT and matching.b.ops[j].outputs}, block)
     keys, keys_b = a.keys(), b.keys(matching.to_a)
-    changed: dict[str, list[str]] = {}
-    for change in _edits(difference):
-        changed.setdefault(change.where, []).append(f"{change.kind}: {change.detail}")
-    details = {i: changed[op.name] for i, op in enumerate(a.side.ops) if op.name in changed and i in matching.to_b}
+    details: dict[int, list[str]] = {}
+    for change, ops in zip(comparison.difference.changes, comparison.edited, strict=True):
+        for i in ops if change.kind in _IN_BOTH else ():
+            details.setdefault(i, []).append(f"{change.kind}: {change.detail}")
     details_b = {matching.to_b[i]: lines for i, lines in details.items()}
     try:
         layout = _layout([(a, keys), (b, keys_b)])
@@ -117,17 +120,12 @@ def draw_pair(matching: Matching, difference: Difference, chosen: Collection[int
     )
 
 
-def touched(matching: Matching, difference: Difference) -> tuple[set[int], set[int]]:
-    """Operators of the first and of the second graph that a change names."""
-    where = {change.where for change in _edits(difference)}
-    mine = {i for i, op in enumerate(matching.a.ops) if i not in matching.to_b or op.name in where}
+def touched(comparison: Comparison) -> tuple[set[int], set[int]]:
+    """Operators of the first and of the second graph that a change is of."""
+    matching, found = comparison.matching, zip(comparison.difference.changes, comparison.edited, strict=True)
+    mine = {i for change, ops in found if change.kind != "added" for i in ops}
     theirs = {j for j in range(len(matching.b.ops)) if j not in matching.to_a}
     return mine, theirs | {matching.to_b[i] for i in mine if i in matching.to_b}
-
-
-def _edits(difference: Difference) -> list[Change]:
-    """Changes of operators that are in both graphs; one that is added may have the name of one that stays."""
-    return [change for change in difference.changes if change.kind in ("retyped", "rewired", "parameter")]
 
 
 def outputs(side: Side, chosen: Iterable[int]) -> set[str]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from vdq_export.bundle import Bundle
-from vdq_export.diff.compare import Change, Difference, compare, diff
-from vdq_export.diff.match import Matching, Side
+from vdq_export.diff.bins import pair_graphs
+from vdq_export.diff.compare import Change, Comparison, Difference, compare, diff
+from vdq_export.diff.match import Side
 from vdq_export.drawing import graph as graph_draw
 from vdq_export.drawing.graph import Picture
 from vdq_export.errors import VdqError
@@ -77,16 +78,16 @@ def passes_page(folder: Path, files: Sequence[tuple[str, Path]], block: str | No
         graph_draw.check_block(views, block)
     steps, idle = [], []
     for (name, path), (before_name, before_path), new, old in zip(files[1:], files, views[1:], views, strict=False):
-        difference, matching = compare(old, new)
-        mine, theirs = (graph_draw.members(side, block) for side in (matching.a, matching.b))
-        touched = graph_draw.touched(matching, difference)
+        found = compare(old, new)
+        mine, theirs = (graph_draw.members(side, block) for side in (found.matching.a, found.matching.b))
+        touched = graph_draw.touched(found)
         if not (touched[0] & mine or touched[1] & theirs):
             idle.append(name)
             continue
         _check_size(max(mine, theirs, key=len), block)
         sides = (f"before (as {before_name} left it)", f"after {name}")
-        drawn = _pair((before_path, path), sides, matching, difference, (mine, theirs), block)
-        steps.append(Step(name, drawn, _counts(drawn), _changes(matching, difference, mine, theirs)))
+        drawn = _pair((before_path, path), sides, found, (mine, theirs), block)
+        steps.append(Step(name, drawn, _counts(drawn), _changes(found, mine, theirs)))
     return _render("graph.html", _about(folder, block, views[-1:], tuple(steps), tuple(idle)))
 
 
@@ -120,12 +121,12 @@ def _drawn(a: Path, b: Path, difference: Difference, block: str | None) -> tuple
     label, old, new = pair
     roots = [path if (path / MANIFEST).is_file() else None for path in (a, b)]
     views = [graph_view.load(file, root=root) for file, root in zip((old, new), roots, strict=True)]
-    found, matching = compare(*views)
+    found = compare(*views)
     if block is not None:
         graph_draw.check_block(views, block)
-        groups = {block: (graph_draw.members(matching.a, block), graph_draw.members(matching.b, block))}
+        groups = {block: (graph_draw.members(found.matching.a, block), graph_draw.members(found.matching.b, block))}
     else:
-        groups = _groups(matching, found)
+        groups = _groups(found)
     steps, rest, room = list[Step](), list[str](), 2 * MOST
     for name, (mine, theirs) in groups.items():
         size = len(mine) + len(theirs)
@@ -136,19 +137,19 @@ def _drawn(a: Path, b: Path, difference: Difference, block: str | None) -> tuple
             continue
         room -= size
         module = None if name in (_WHOLE, _ELSEWHERE) else name
-        drawn = _pair((old, new), (str(a), str(b)), matching, found, (mine, theirs), module)
-        steps.append(Step(name, drawn, _counts(drawn), _changes(matching, found, mine, theirs)))
+        drawn = _pair((old, new), (str(a), str(b)), found, (mine, theirs), module)
+        steps.append(Step(name, drawn, _counts(drawn), _changes(found, mine, theirs)))
     return steps, rest, label
 
 
 _WHOLE, _ELSEWHERE = "whole graph", "outside the blocks"
 
 
-def _groups(matching: Matching, difference: Difference) -> dict[str, tuple[set[int], set[int]]]:
+def _groups(comparison: Comparison) -> dict[str, tuple[set[int], set[int]]]:
     """The blocks that changed, whole, and what changed elsewhere with what is beside it; all of graphs that are small.
     {name: (operators of the first graph, of the second)}"""
-    touched = graph_draw.touched(matching, difference)
-    sides = (matching.a, matching.b)
+    touched = graph_draw.touched(comparison)
+    sides = (comparison.matching.a, comparison.matching.b)
     if all(len(side.ops) <= WHOLE for side in sides):
         return {_WHOLE: (graph_draw.members(sides[0], None), graph_draw.members(sides[1], None))}
     groups: dict[str, tuple[set[int], set[int]]] = {}
@@ -173,23 +174,21 @@ def _first_different(a: Path, b: Path, difference: Difference, wanted: bool) -> 
     """(label, file, file) of the first pair of graphs with a difference, any pair where one is `wanted` anyway."""
     if difference.what == "graph":
         return ("", a, b) if wanted or not difference.same else None
-    graphs = [bundle_graphs(Bundle.open(path, verify_hashes=False)) for path in (a, b)]
-    both = {label: (path, graphs[1][label]) for label, path in graphs[0].items() if label in graphs[1]}
-    named = [label for label in both if any(c.where.startswith(f"{label}: ") for c in difference.changes)]
-    label = next(iter(named or (both if wanted else ())), None)
-    return None if label is None else (label, *both[label])
+    graphs = pair_graphs(*(Bundle.open(path, verify_hashes=False) for path in (a, b)))
+    both = [(label, old, new) for label, old, new in graphs if old is not None and new is not None]
+    named = [one for one in both if any(c.where.startswith(f"{one[0]}: ") for c in difference.changes)]
+    return next(iter(named or (both if wanted else ())), None)
 
 
 def _pair(
     files: tuple[Path, Path],
     captions: tuple[str, str],
-    matching: Matching,
-    difference: Difference,
+    comparison: Comparison,
     chosen: tuple[set[int], set[int]],
     block: str | None,
 ) -> tuple[Shown, ...]:
-    pictures = graph_draw.draw_pair(matching, difference, *chosen, block or "")
-    rows = zip(files, (matching.a, matching.b), chosen, pictures, captions, strict=True)
+    pictures = graph_draw.draw_pair(comparison, *chosen, block or "")
+    rows = zip(files, (comparison.matching.a, comparison.matching.b), chosen, pictures, captions, strict=True)
     return tuple(_shown(file, side, some, picture, text, block) for file, side, some, picture, text in rows)
 
 
@@ -199,9 +198,9 @@ def _shown(file: Path, side: Side, members: set[int], picture: Picture, caption:
     return Shown(caption, picture, name, base64.b64encode(part).decode())
 
 
-def _changes(matching: Matching, difference: Difference, mine: set[int], theirs: set[int]) -> tuple[Change, ...]:
-    names = {matching.a.ops[i].name for i in mine} | {matching.b.ops[j].name for j in theirs}
-    return tuple(change for change in difference.changes if change.where in names)[:ROWS]
+def _changes(comparison: Comparison, mine: set[int], theirs: set[int]) -> tuple[Change, ...]:
+    found = zip(comparison.difference.changes, comparison.edited, strict=True)
+    return tuple(change for change, ops in found if ops & (theirs if change.kind == "added" else mine))[:ROWS]
 
 
 def _counts(drawn: Sequence[Shown]) -> str:
