@@ -13,12 +13,11 @@ import torch
 from vdq_export import ort
 from vdq_export.bisect.float_layers import put_back
 from vdq_export.bundle import Bundle
-from vdq_export.graph import Array, Graph, Linear
+from vdq_export.graph import OUTPUT, Array, Graph, Linear
 from vdq_export.model import Model, Trajectory
 from vdq_export.plan import LayerPlan, QuantPlan
 from vdq_export.progress import Reporter
 from vdq_export.runtime.ahead import Ahead
-from vdq_export.tracing.exporter import OUTPUT
 from vdq_export.verify import float_graphs
 
 STEPS = 2  # of a bin that effects are measured on: its first and its last
