@@ -130,7 +130,7 @@ def test_the_page_says_what_it_was_given(page: Path, content: Content) -> None:
     for said in (
         "Fails", "SQNR 3.2 dB is below 12", "3.2 dB", "31.5 dB", "39 of 40", "100% → 75%", "✗<span", "✓<span",
         "case 1 &lt;&amp;&gt;", "name = &#34;static-asq&#34;", content.bundle.manifest.model.weight_hash,
-        "hoisted: ", "weights that bins share", "vdq-export verify BUNDLE",
+        "Hoisted: ", "weights that bins share", "vdq-export verify BUNDLE",
     ):  # fmt: skip
         assert said in text, said
     plots = json.loads(re.findall(r'id="plots">(.*?)</script>', text)[0])

@@ -21,6 +21,7 @@ from bokeh.models import (
     ColumnDataSource,
     CustomJS,
     CustomJSHover,
+    CustomJSTickFormatter,
     FactorRange,
     HoverTool,
     LinearColorMapper,
@@ -113,7 +114,7 @@ def heat_map(cells: Sequence[Cell], threshold_db: float, spans: Mapping[str, str
     code = "showCell(source.data, told.data.text, this.indices)"
     source.selected.js_on_change("indices", CustomJS(args={"source": source, "told": told}, code=code))
     if any(one.sqnr_db is not None for one in cells):
-        title = f"SQNR, dB; asked: {threshold_db:g}"
+        title = f"SQNR, dB (≥ {threshold_db:g})"
         bar = ColorBar(color_mapper=colours, ticker=BasicTicker(desired_num_ticks=6), height=10, title=title)
         bar.background_fill_color = None
         bar.major_label_text_color = bar.title_text_color = INK
@@ -121,8 +122,13 @@ def heat_map(cells: Sequence[Cell], threshold_db: float, spans: Mapping[str, str
     if row * len(layers) > TALL:
         plot.add_layout(_styled(CategoricalAxis()), "below")
     plot.grid.visible = False
-    plot.xaxis.major_label_overrides = dict(spans)
-    plot.yaxis.major_label_overrides = {} if row >= LABELLED else block_labels(layers, row)
+    code = "return labels.bin(texts[all.indexOf(tick)], all.indexOf(tick), all.length)"
+    texts = [spans.get(name, name) for name in bins]
+    plot.xaxis.formatter = CustomJSTickFormatter(args={"all": bins, "texts": texts}, code=code)
+    blocks = {} if row >= LABELLED else block_labels(layers, row)
+    texts = [blocks.get(name, name) for name in layers]
+    code = "return labels.layer(texts[all.indexOf(tick)])"
+    plot.yaxis.formatter = CustomJSTickFormatter(args={"all": layers, "texts": texts}, code=code)
     plot.axis.major_tick_line_color = plot.axis.axis_line_color = None
     return plot
 
@@ -155,16 +161,14 @@ def ranges(width: tuple[float, float]) -> Model:
         for end in ("lo", "hi"):
             plot.line("t", end, source=band, line_color=colour, line_width=1.5)
             raw = f"raw_{end}"
-            plot.line(
-                "t", raw, source=band, line_color=colour, line_dash="dotted", legend_label="unsmoothed, unrotated"
-            )
+            plot.line("t", raw, source=band, line_color=colour, line_dash="dotted", legend_label="unsmoothed")
         points = plot.scatter("t", "hi", source=band, marker=marker, size=size, fill_color=colour, line_color=None)
         tips = [("timestep", "@t{0.##}"), ("range", "@lo{0.[0000]} … @hi{0.[0000]}")]
         tips += [("before smoothing", "@raw_lo{0.[0000]} … @raw_hi{0.[0000]}"), ("call", branch)]
         plot.add_tools(HoverTool(renderers=[points], tooltips=tips, attachment=side))
     plot.vspan(x="t", source=edges, line_color=INK, line_dash="dashed", line_alpha=0.7)
-    boxes = (("any", ORANGE, "solid", "right"), ("cond", BLUE, "solid", "right"), ("uncond", GREEN, "dashed", "left"))
-    for branch, colour, dash, side in boxes:
+    kinds = (("any", ORANGE, "solid", 2), ("cond", BLUE, "solid", 4), ("uncond", GREEN, "dashed", 2))
+    for branch, colour, dash, width_of_line in kinds:
         edge = {name: [] for name in ("left", "right", "lo", "hi", "bin", "why")}
         drawn = plot.quad(
             left="left",
@@ -175,11 +179,14 @@ def ranges(width: tuple[float, float]) -> Model:
             fill_color=None,
             line_color=colour,
             line_dash=dash,
-            line_width=2,
+            line_width=width_of_line,
             legend_label="range of a bin" if branch == "any" else f"of a bin, {branch}",
         )
         tips = [("bin", "@bin"), ("range", "@lo{0.[0000]} … @hi{0.[0000]}"), ("why", "@why")]
+        side = "left" if branch == "uncond" else "right"
         plot.add_tools(HoverTool(renderers=[drawn], tooltips=tips, attachment=side))
+    items = plot.legend[0].items
+    items.sort(key=lambda item: item.label.value == "unsmoothed")
     return _with_legend(plot)
 
 

@@ -54,7 +54,7 @@ class NetworkReport(_Data, frozen=True):
         name = f"{self.name}: " if self.name else ""
         return (
             f"hoisted: {name}{self.moved:.1%} of the weight bytes and {self.saved:.1%} of the multiply-adds leave the "
-            f"step (nodes: {shares}; {self.values} values, {self.value_bytes / 1e6:.2f} MB, cross)"
+            f"step (nodes: {shares}; {self.values} values of {self.value_bytes / 1e6:.2f} MB go from there to the body)"
         )
 
 

@@ -35,6 +35,11 @@ class Pass:
     more_skipped: int
 
     @property
+    def first(self) -> bool:
+        """Whether people should see it without asking."""
+        return bool(self.skipped) or self.name in FIRST
+
+    @property
     def skipped_count(self) -> int:
         return len(self.skipped) + self.more_skipped
 
@@ -145,7 +150,7 @@ def passes(content: Content) -> list[Pass]:
                 more_skipped=max(0, len(one.skipped) - SHOWN),
             )
         )
-    return sorted(found, key=lambda one: (not one.skipped, one.name not in FIRST))
+    return sorted(found, key=lambda one: (not one.skipped, not one.first))
 
 
 def in_float(content: Content) -> list[tuple[str, list[str]]]:

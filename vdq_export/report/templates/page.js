@@ -104,6 +104,7 @@ function startRanges(plot) {
     plot.y_range.setv({ start: lowest - room, end: highest + room });
     plot.x_range.setv({ start: Math.max(...network.t, ...network.edges), end: Math.min(...network.t, ...network.edges) });
     const [legend] = plot.above.filter((one) => one.type === "Legend");
+    if (labels.narrow()) legend.ncols = 3;
     for (const item of legend.items) {
       item.visible = item.renderers.some(({ data_source }) => Object.values(data_source.data)[0].length > 0);
     }
@@ -116,33 +117,28 @@ function startRanges(plot) {
   if (choices.length) show();
 }
 
-// Bokeh holds an empty map as a plain object.
-const asMap = (found) => new Map(found instanceof Map ? found : Object.entries(found));
+// How the labels of the heat map's axes fit. figures.py has them asked for whenever they are drawn.
+const labels = {
+  line: 14, // pixels of a label across its text
+  longest: 18, // letters
+  width: () => document.getElementById("heat").clientWidth,
+  narrow: () => labels.width() < 600,
+  room: (count) => (labels.width() - (labels.narrow() ? 150 : 250)) / count,
+  flat: (count) => labels.room(count) > 70,
+  // On a phone long names would leave no room for the cells: their ends stay.
+  layer: (text) => labels.narrow() && text.length > labels.longest ? `…${text.slice(1 - labels.longest)}` : text,
+  // Of many bins every n-th is named.
+  bin: (text, place, count) => {
+    if (labels.flat(count)) return text;
+    return place % Math.ceil(labels.line / labels.room(count)) ? "" : text.replace("\n", " ");
+  },
+};
 
-// On a phone long names would leave no room for the cells: their ends stay. Of many bins every n-th is named.
-function fitLabels(plot) {
-  const width = document.getElementById("heat").clientWidth;
-  const narrow = width < 600;
-  const longest = 18;
-  const line = 14; // pixels
-  const layers = asMap(plot.left[0].major_label_overrides);
-  for (const name of plot.y_range.factors) {
-    const text = layers.get(name) ?? name;
-    if (narrow && text.length > longest) layers.set(name, `…${text.slice(1 - longest)}`);
+function turnLabels(plot) {
+  const turned = labels.flat(plot.x_range.factors.length) ? 0 : Math.PI / 2;
+  for (const axis of [...plot.above, ...plot.below]) {
+    if (axis.type === "CategoricalAxis") axis.major_label_orientation = turned;
   }
-  plot.left[0].major_label_overrides = layers;
-  const bins = plot.x_range.factors;
-  const room = (width - (narrow ? 130 : 240)) / bins.length;
-  const flat = room > 70;
-  const every = flat ? 1 : Math.ceil(line / room);
-  const axes = [...plot.above, ...plot.below].filter((one) => one.type === "CategoricalAxis");
-  const named = asMap(axes[0].major_label_overrides);
-  bins.forEach((name, place) => {
-    const text = named.get(name) ?? name;
-    named.set(name, place % every ? "" : flat ? text : text.replace("\n", " "));
-  });
-  const label = { major_label_overrides: named, major_label_orientation: flat ? 0 : Math.PI / 2 };
-  for (const axis of axes) axis.setv(label);
 }
 
 // Paper is narrower than a screen: plots shrink in print by as much as that takes, the text beside them does not.
@@ -156,7 +152,7 @@ async function start() {
   for (const [name, plot] of Object.entries(numbers("plots"))) {
     const views = await Bokeh.embed.embed_item({ ...plot, target_id: name });
     const [{ model }] = [...views];
-    if (name === "heat") fitLabels(model);
+    if (name === "heat") turnLabels(model);
     if (name === "ranges") startRanges(model);
   }
   fitPaper();
