@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 from rich.console import Console
 
-from tests.commands import InProcess, assert_one_line, finish, start
+from tests.commands import MODEL, InProcess, assert_one_line, finish, start
 from vdq_export.bundle import Bundle
+from vdq_export.bundle_writer import BundleWriter
 from vdq_export.commands.console import WHOLE
 from vdq_export.commands.export import _text
 from vdq_export.commands.plan import print_plan
@@ -98,3 +100,72 @@ def test_whoever_reads_may_stop(made: Path) -> None:
         process.stdout = None
         code, _, err = finish(process)
         assert (code, err) == (141, "")
+
+
+# -- refused before any work -----------------------------------------------------------------------------------------
+
+REFUSED = {
+    "bundle as a model": (["export", "BUNDLE"], ["is a bundle", "vdq-export verify"]),
+    "misspelt sample": (["plan", "sampel:digits"], ["did you mean sample:digits?"]),
+    "no such bits": (["export", MODEL, "--activations", "999"], ["unknown number of bits '999'", "mixed"]),
+    "record that is none": (["export", MODEL, "--calibration", "own.safetensors"], ["own.safetensors is no calib"]),
+    "two records": (
+        ["export", MODEL, "--calibration", "whole.safetensors", "--save-calibration", "new.safetensors"],
+        ["say one of them"],
+    ),
+    "bundle in a bundle": (["export", MODEL, "--out", "BUNDLE/inner"], ["is inside the bundle"]),
+    "encodings in a bundle": (["encodings", "BUNDLE", "--out", "BUNDLE/e"], ["is inside the bundle"]),
+    "clips in a bundle": (["run", "BUNDLE", "--out", "BUNDLE/graphs"], ["is inside the bundle"]),
+    "page over a graph": (["inspect", "BUNDLE", "--html", "BUNDLE/graphs/prompt.onnx"], ["prompt.onnx"]),
+    "findings over a file": (
+        ["lint", "BUNDLE", "--sarif", "own.safetensors"],
+        ["exists and is no .sarif"],
+    ),
+    "recipe over a file": (["bisect", "BUNDLE", "--gain", "1", "--out", "own.safetensors"], ["is no .toml file"]),
+    "nowhere to write": (["bisect", "BUNDLE", "--gain", "1", "--out", "/proc/x.toml"], ["/proc/x.toml cannot be wri"]),
+    "nowhere to work": (["export", MODEL, "--work", "/proc/x"], ["/proc/x cannot be written"]),
+    "folder as a recipe": (["export", MODEL, "--recipe", "folder"], ["folder is no recipe", ".toml"]),
+    "no recipe file": (["export", MODEL, "--recipe", "static-asq.toml"], ["no such file", "without .toml"]),
+    "ALL": (["export", MODEL, "--dump-after", "ALL"], ["did you mean all?"]),
+    "provider of another build": (["run", "BUNDLE", "--providers", "CUDAExecutionProvider"], ["has no CUDAExec"]),
+    "emulator of another target": (
+        ["verify", "BUNDLE", "--device", "htp-emulator"],
+        ["made for ort-int8, not"],
+    ),
+    "no shell": (["completion"], ["one of bash, zsh, fish"]),
+    "encodings version": (["encodings", "BUNDLE", "--version", "3.0.0"], ["did you mean 2.0.0"]),
+    "guidance": (["export", MODEL, "--guidance", "nan"], ["nan"]),
+    "gain": (["bisect", "BUNDLE", "--gain", "inf"], ["inf"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_any_work(
+    case: str, made: Path, inside: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "/proc/" in str(REFUSED[case]) and not Path("/proc").is_dir():
+        pytest.skip("no /proc here")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("vdq_export.compiler.make_plan", None)  # and so no trace either
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "own.safetensors").write_bytes(b"mine")
+    shutil.copy(made / "record.safetensors", "whole.safetensors")
+    arguments, words = REFUSED[case]
+    bundle = str(made / "bundle")
+    if case in ("folder as a recipe", "no recipe file"):
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+    assert_one_line(inside(*(one.replace("BUNDLE", bundle) for one in arguments)), *words)
+    assert (tmp_path / "own.safetensors").read_bytes() == b"mine"
+    Bundle.open(bundle)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "own.safetensors", "whole.safetensors"]
+
+
+def test_an_empty_folder_is_taken_and_another_one_is_told_so(inside: InProcess, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with BundleWriter(tmp_path / "empty") as writer:
+        writer._committed = True
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    code, _, err = inside("export", MODEL, "--out", tmp_path / "full")
+    assert code == 2 and "is not a bundle and is never replaced" in err and "--force" not in err

@@ -160,10 +160,12 @@ class BundleWriter:
             return
         if self.out.is_symlink() or not self.out.is_dir():
             raise BundleError(f"{self.out} exists and is not a folder", hint="choose another output folder")
+        if not any(self.out.iterdir()):
+            return
+        if not is_bundle(self.out):
+            raise BundleError(f"{self.out} is not a bundle and is never replaced", hint="choose another output folder")
         if not self._force:
             raise BundleError(f"{self.out} exists", hint="choose another output folder, or --force to replace a bundle")
-        if any(self.out.iterdir()) and not is_bundle(self.out):
-            raise BundleError(f"{self.out} is not a bundle and is never replaced", hint="choose another output folder")
 
     def _put_in_place(self) -> None:
         self._check_free()  # again: hours may have passed

@@ -87,6 +87,8 @@ def dump_to(folder: Path, wanted: str) -> Callable[[str, Graph], None]:
     Of several graphs that a pass ran on (experts, sets of weights), the later ones get a number.
     """
     if wanted != "all":
+        if wanted.lower() == "all":
+            raise PassError(f"unknown pass {wanted!r}", hint="did you mean all?")
         load_pass(wanted)
 
     count = Counter[str]()

@@ -8,16 +8,18 @@ import click
 
 from vdq_export.bisect.back_to_float import CLIPS, RUNS, Found, bisect
 from vdq_export.bundle import Bundle
-from vdq_export.commands.options import machine_readable, reporter, verbosity
+from vdq_export.commands.options import Finite, machine_readable, reporter, verbosity
+from vdq_export.commands.outputs import Output
+from vdq_export.disk import write_whole
 
 
 @click.command("bisect")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--psnr", type=float, metavar="DB", help="The clips' PSNR against float to reach.")
-@click.option("--gain", type=click.FloatRange(min=0, min_open=True), metavar="DB", help="Or so much more than it has.")
+@click.option("--psnr", type=Finite(), metavar="DB", help="The clips' PSNR against float to reach.")
+@click.option("--gain", type=Finite(min=0, min_open=True), metavar="DB", help="Or so much more than it has.")
 @click.option("--clips", type=click.IntRange(min=1), default=CLIPS, show_default=True, help="Clips to measure on.")
 @click.option("--runs", type=click.IntRange(min=1), default=RUNS, show_default=True, help="Most times to make them.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the recipe here, a .toml file.")
+@click.option("--out", type=Output(".toml"), help="Write the recipe here, a .toml file.")
 @click.option("--model", help="The float model; by default the one the bundle names.")
 @machine_readable
 @verbosity
@@ -56,7 +58,7 @@ def bisect_command(
         out=str(out or "fix.toml"),
     )
     if out is not None and found.recipe:
-        out.write_text(found.recipe, encoding="utf-8")
+        write_whole(out, found.recipe.encode())
     click.echo(found.to_json(), nl=False) if as_json else click.echo(_text(found, out))
     if found.outcome == "unreachable":
         ctx.exit(1)

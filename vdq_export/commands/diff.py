@@ -7,15 +7,17 @@ from pathlib import Path
 import click
 
 from vdq_export.commands.options import bundle_argument
+from vdq_export.commands.outputs import Output
 from vdq_export.diff.compare import diff
 from vdq_export.diff.text import render
+from vdq_export.disk import write_whole
 
 
 @click.command("diff")
 @bundle_argument("a")
 @bundle_argument("b")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write a page: both side by side.")
+@click.option("--html", type=Output(".html"), help="Also write a page: both side by side.")
 @click.option("--block", metavar="NAME", help="Draw this block there, such as blocks.0; by default those that changed.")
 @click.pass_context
 def diff_command(context: click.Context, a: Path, b: Path, as_json: bool, html: Path | None, block: str | None) -> None:
@@ -29,7 +31,7 @@ def diff_command(context: click.Context, a: Path, b: Path, as_json: bool, html: 
     if html is not None:
         from vdq_export.report.graph_page import diff_page
 
-        html.write_bytes(diff_page(a, b, block))
+        write_whole(html, diff_page(a, b, block))
     click.echo(difference.to_json().decode() if as_json else render(difference), nl=False)
     if not difference.same:
         context.exit(1)

@@ -10,7 +10,8 @@ import click
 import msgspec
 
 from vdq_export.bundle import Bundle
-from vdq_export.commands.options import bundle_argument, machine_readable
+from vdq_export.commands.options import Word, bundle_argument, machine_readable
+from vdq_export.commands.outputs import Output
 from vdq_export.errors import BundleError
 from vdq_export.graph import Graph
 from vdq_export.handoff import encodings, float_graph
@@ -27,13 +28,11 @@ class Written(msgspec.Struct, frozen=True):
 
 @click.command("encodings")
 @bundle_argument()
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("encodings"), show_default=True, help="New folder to write."
-)
+@click.option("--out", type=Output(), default=Path("encodings"), show_default=True, help="New folder to write.")
 @click.option(
     "--version",
     "versions",
-    type=click.Choice(encodings.VERSIONS),
+    type=Word("version of encodings", encodings.VERSIONS),
     multiple=True,
     default=encodings.VERSIONS,
     help="Version of the encodings file, several times for several; by default all.",

@@ -11,6 +11,7 @@ import msgspec
 from vdq_export.commands import complete
 from vdq_export.commands.console import console
 from vdq_export.commands.options import machine_readable, planning, reporter, verbosity
+from vdq_export.commands.outputs import Output
 
 if TYPE_CHECKING:
     from vdq_export.bundle import Bundle
@@ -18,9 +19,7 @@ if TYPE_CHECKING:
 
 @click.command("export")
 @planning
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("bundle"), show_default=True, help="Bundle folder to write."
-)
+@click.option("--out", type=Output(), default=Path("bundle"), show_default=True, help="Bundle folder to write.")
 @click.option("--force", is_flag=True, help="Replace a bundle at --out (never anything else).")
 @click.option("--strict", is_flag=True, help="Fail when a pass skips a planned edit.")
 @click.option(

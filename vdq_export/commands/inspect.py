@@ -10,6 +10,8 @@ from rich.console import Console
 from vdq_export import pipeline, targets
 from vdq_export.commands.console import console, table
 from vdq_export.commands.options import bundle_argument
+from vdq_export.commands.outputs import Output
+from vdq_export.disk import write_whole
 from vdq_export.inspect import AheadSummary, GraphSummary, Summary, summarize
 from vdq_export.manifest import MANIFEST
 
@@ -20,7 +22,7 @@ WIDEST = 5  # activation scales shown of those that vary most over the bins
 @click.command("inspect")
 @bundle_argument("path")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Draw a block into this file instead.")
+@click.option("--html", type=Output(".html"), help="Draw a block into this file instead.")
 @click.option("--block", metavar="NAME", help="Module to draw, such as blocks.0 or blocks.0.attn1; default: the first.")
 def inspect_command(path: Path, as_json: bool, html: Path | None, block: str | None) -> None:
     """Summarise an ONNX file or a bundle: operators, inputs and outputs, sizes, linears quantized, scales per bin.
@@ -44,7 +46,7 @@ def _draw(path: Path, html: Path, block: str | None) -> None:
     from vdq_export.report.graph_page import graph_page, passes_page
 
     dumps = [] if (path / MANIFEST).is_file() else dumped(path)
-    html.write_bytes(passes_page(path, dumps, block) if dumps else graph_page(path, block))
+    write_whole(html, passes_page(path, dumps, block) if dumps else graph_page(path, block))
     click.echo(f"{html}: open it in a browser")
 
 

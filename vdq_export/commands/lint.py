@@ -12,6 +12,8 @@ from vdq_export.bundle import Bundle, is_bundle
 from vdq_export.commands import complete
 from vdq_export.commands.console import console
 from vdq_export.commands.options import bundle_argument, machine_readable
+from vdq_export.commands.outputs import Output
+from vdq_export.disk import write_whole
 from vdq_export.errors import VdqError
 from vdq_export.lint import LintReport, lint_bundle, lint_file
 from vdq_export.lint.report import Finding
@@ -29,14 +31,14 @@ NODES = 6  # shown of those that break one rule
     shell_complete=complete.of(profiles),
     help="Consumer, such as qnn-v75; by default the one the bundle was made for.",
 )
-@click.option("--sarif", type=click.Path(path_type=Path), help="Also write SARIF 2.1.0 here.")
+@click.option("--sarif", type=Output(".sarif", ".json"), help="Also write SARIF 2.1.0 here.")
 @machine_readable
 @click.pass_context
 def lint_command(ctx: click.Context, path: Path, profile: str | None, sarif: Path | None, as_json: bool) -> None:
     """Check PATH, a bundle or an .onnx file, against what its consumer takes, without the consumer's tools."""
     report = lint(path, profile)
     if sarif:
-        sarif.write_bytes(to_sarif(report))
+        write_whole(sarif, to_sarif(report))
     click.echo(report.to_json(), nl=False) if as_json else print_report(report, console())
     if report.errors:
         ctx.exit(1)

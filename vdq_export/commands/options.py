@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from typing import Any, get_args
 
 import click
+from safetensors import SafetensorError, safe_open
 
 from vdq_export import progress
 from vdq_export.commands import complete
-from vdq_export.errors import UnknownNameError
+from vdq_export.commands.outputs import Output
+from vdq_export.errors import CalibrationError, ModelError, UnknownNameError
+from vdq_export.manifest import MANIFEST
 from vdq_export.progress import Reporter
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -51,6 +56,14 @@ def _allow(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         sources.allow_remote_code()
 
 
+class Finite(click.FloatRange):
+    """A number in the range, neither nan nor inf."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{value} is no number to work with", param, ctx)
+
+
 remote_code = click.option(
     "--allow-remote-code",
     is_flag=True,
@@ -63,15 +76,11 @@ _LOOP = {
     "height": click.option("--height", type=click.IntRange(min=1), help="Its height in pixels."),
     "width": click.option("--width", type=click.IntRange(min=1), help="Its width in pixels."),
     "steps": click.option("--steps", type=click.IntRange(min=1), help="Denoising steps; by default the family's."),
-    "guidance": click.option(
-        "--guidance", type=click.FloatRange(min=0), help="Guidance scale; 1 or less: no second branch."
-    ),
+    "guidance": click.option("--guidance", type=Finite(min=0), help="Guidance scale; 1 or less: no second branch."),
     "guidance_2": click.option(
-        "--guidance-2", type=click.FloatRange(min=0), help="That of the second expert; by default the same."
+        "--guidance-2", type=Finite(min=0), help="That of the second expert; by default the same."
     ),
-    "shift": click.option(
-        "--shift", type=click.FloatRange(min=0, min_open=True), help="Shift of a flow-matching schedule."
-    ),
+    "shift": click.option("--shift", type=Finite(min=0, min_open=True), help="Shift of a flow-matching schedule."),
     "seed": click.option("--seed", type=click.IntRange(min=0), help="Of the first prompt's noise; the others follow."),
     "prompt_embeds": click.option(
         "--prompt-embeds", type=click.Path(exists=True, dir_okay=False), help="Text embeddings, a safetensors file."
@@ -100,6 +109,9 @@ class Word(click.Choice[str]):
     def __init__(self, kind: str, words: Sequence[str]) -> None:
         super().__init__(words)
         self._kind = kind
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        return f"one of {', '.join(self.choices)}"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value not in self.choices:
@@ -132,13 +144,55 @@ def bundle_argument(name: str = "bundle") -> Decorator:
     return click.argument(name, type=click.Path(path_type=Path), shell_complete=complete.bundle_folders)
 
 
+def _model(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """What can be told of a MODEL without importing what loads it: misspelt samples, and bundles."""
+    plain = value.partition("?")[0]
+    kind, colon, name = plain.partition(":")
+    samples = [one.removeprefix("sample:") for one in complete.sample_names()]
+    if kind == "sample" and name not in samples:
+        raise UnknownNameError("sample", name, samples)
+    if colon and name in samples and kind != "sample" and get_close_matches(kind, ["sample"]):
+        raise ModelError(f"cannot find a model at {value!r}", hint=f"did you mean sample:{name}?")
+    if (Path(plain) / MANIFEST).is_file() and ctx.info_name != "plan":
+        ways = ", ".join(f"vdq-export {way} {plain}" for way in ("verify", "report", "run", "inspect"))
+        raise ModelError(f"{plain} is a bundle, which is made already", hint=ways)
+    return value
+
+
+def _one_of(kind: str, names: Callable[[], Sequence[str]]) -> Callable[..., Any]:
+    """A callback that refuses, with the nearest, what is none of `names()`, before what loads it is imported."""
+
+    def known(ctx: click.Context, param: click.Parameter, value: str) -> str:
+        if value not in names():
+            raise UnknownNameError(kind, value, names())
+        return value
+
+    return known
+
+
+def _record(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """A record that is damaged is refused before hours of work; with experts it has other names."""
+    if value is not None and value.is_file():
+        try:
+            with safe_open(value, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CalibrationError(f"{value} is no calibration record: {error}", hint="make it again") from error
+    return value
+
+
+def _bits(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
+    return int(value) if value is not None and value.isdecimal() else value
+
+
 planning = together(
-    click.argument("model", default=_default_model, shell_complete=complete.models),
+    click.argument("model", default=_default_model, shell_complete=complete.models, callback=_model),
     click.option(
         "--target",
         default="ort-int8",
         show_default=True,
         shell_complete=complete.target,
+        callback=_one_of("target", complete.target_names),
         help="Deployment target; see `vdq-export targets`.",
     ),
     click.option(
@@ -161,20 +215,21 @@ planning = together(
     ),
     click.option(
         "--activations",
-        type=NumberOr("mixed"),
+        type=Word("number of bits", ("4", "6", "8", "16", "mixed")),
+        callback=_bits,
         help="Bits of activations, or `mixed`: 8 in linears, 16 between them (qnn); default: the target's or recipe's.",
     ),
     click.option("--hoist/--no-hoist", default=True, help="Let what no step changes leave the graphs (the default)."),
     click.option("--budget", metavar="TEXT", help="Search bits per layer: size=4.2bit, bops=32 or quality=35dB."),
-    click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the recipe that the search found here."),
-    click.option("--workers", type=click.IntRange(min=1), help="Processes of the engine; by default one a core."),
+    click.option("--save-recipe", type=Output(".toml"), help="Write the recipe that the search found here."),
+    click.option("--workers", type=click.IntRange(1, 1024), help="Processes of the engine; by default one a core."),
     click.option(
         "--by-blocks/--at-once",
         default=None,
         help="Calibrate one segment of the network at a time, or all of it (default: as memory allows).",
     ),
-    click.option("--calibration", type=click.Path(path_type=Path), help="Reuse this calibration record."),
-    click.option("--save-calibration", type=click.Path(path_type=Path), help="Keep the calibration record here."),
+    click.option("--calibration", type=click.Path(path_type=Path), callback=_record, help="Reuse this record."),
+    click.option("--save-calibration", type=Output(".safetensors"), help="Keep the calibration record here."),
     click.option(
         "--engine",
         default="local",
@@ -182,7 +237,7 @@ planning = together(
         shell_complete=complete.of(lambda: ("local", "ray")),
         help="Where units run: local, ray or ray://HOST:PORT.",
     ),
-    click.option("--work", type=click.Path(file_okay=False, path_type=Path), help="Keep finished work here."),
+    click.option("--work", type=Output(), help="Keep finished work here."),
     shaping,
 )
 machine_readable = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")

@@ -9,15 +9,14 @@ import click
 import msgspec
 
 from vdq_export.commands.options import loop, machine_readable, reporter, verbosity
+from vdq_export.commands.outputs import Output
 from vdq_export.recording import Cost, record
 
 
 @click.command("record")
 @click.argument("path", type=click.Path(exists=True, file_okay=False))
 @click.option("--prompts", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Prompts, one a line.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("traj"), show_default=True, help="Folder to write into."
-)
+@click.option("--out", type=Output(), default=Path("traj"), show_default=True, help="Folder to write into.")
 @loop
 @machine_readable
 @verbosity

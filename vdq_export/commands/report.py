@@ -12,6 +12,7 @@ import click
 from vdq_export import float_model
 from vdq_export.bundle import Bundle
 from vdq_export.commands.options import bundle_argument, reporter, verbosity
+from vdq_export.commands.outputs import Output
 from vdq_export.disk import write_whole
 from vdq_export.errors import MissingToolError
 from vdq_export.manifest import PAGE, REPORT
@@ -29,7 +30,7 @@ SHOWN = 4  # clips on the page unless told otherwise
 @click.option(
     "--clips", type=click.IntRange(min=0), help=f"Whole clips to make and show; {SHOWN}, or as many as there are."
 )
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write the page here, not into BUNDLE.")
+@click.option("--out", type=Output(".html"), help="Write the page here, not into BUNDLE.")
 @click.option("--open", "show", is_flag=True, help="Open it in the browser.")
 @verbosity
 def report_command(

@@ -11,6 +11,7 @@ from vdq_export import float_model
 from vdq_export.bundle import Bundle
 from vdq_export.commands import complete
 from vdq_export.commands.options import bundle_argument, machine_readable, reporter, verbosity
+from vdq_export.commands.outputs import Output
 from vdq_export.drawing.clips import side_by_side
 from vdq_export.runtime.providers import RECIPES, choose
 from vdq_export.verify import make_clips
@@ -20,9 +21,7 @@ from vdq_export.verify import make_clips
 @bundle_argument()
 @click.option("--model", help="The float model with its sampler; by default the one the bundle names.")
 @click.option("--clips", type=click.IntRange(min=1), default=4, show_default=True, help="How many clips to generate.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("clips"), show_default=True, help="Folder for GIF and PNG."
-)
+@click.option("--out", type=Output(), default=Path("clips"), show_default=True, help="Folder for GIF and PNG.")
 @click.option("--policy", help="Schedule policy otherwise than the bundle says, for example delta=0.3 or static:low.")
 @click.option(
     "--providers",

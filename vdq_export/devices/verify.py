@@ -30,7 +30,7 @@ from vdq_export.devices.checks import (
     verdict,
 )
 from vdq_export.devices.first_difference import bisect
-from vdq_export.errors import CompileError, ModelError
+from vdq_export.errors import BundleError, CompileError, ModelError
 from vdq_export.graph import OUTPUT, Array, Graph
 from vdq_export.graphs.cut import quantizer, settled
 from vdq_export.model import Model, Step
@@ -67,11 +67,13 @@ def verify_device(
 ) -> VerifyReport:
     """Measure `bundle` on the HTP emulator. model: the float model; by default the one the manifest names.
 
-    Raises ModelError for a model the bundle was not made from or without steps for a bin, MissingToolError without
-    onnxruntime-qnn, UnknownNameError for an architecture that is not supported.
+    Raises BundleError for a bundle of another target, ModelError for a model the bundle was not made from or without
+    steps for a bin, MissingToolError without onnxruntime-qnn, UnknownNameError for an architecture that is unknown.
     """
     reporter = reporter or Reporter()
     hexagon.provider_options(choices.arch)
+    if (made_for := bundle.manifest.target) != "qnn":
+        raise BundleError(f"{bundle.path} was made for {made_for}, not for qnn", hint="export --target qnn")
     model = float_model.find(bundle, model)
     calls = calls_by_bin(bundle, model, choices.steps)
     found: list[DeviceBin] = []

@@ -86,6 +86,9 @@ def choose(wanted: str | Sequence[Any] | None, bundle: Bundle) -> Backend:
         return RECIPES[wanted](bundle)
     if wanted in ort.get_available_providers():
         return Backend((wanted,))
+    if wanted in ort.get_all_providers():
+        there = ", ".join(ort.get_available_providers())
+        raise MissingToolError(f"this onnxruntime has no {wanted}; it has {there}", hint="install one that does")
     raise UnknownNameError("provider recipe", wanted, [*RECIPES, *ort.get_available_providers()])
 
 
