@@ -144,7 +144,7 @@ def test_ranges_of_bins_with_weights_of_their_own_are_one_picture(of_bins: Conte
 
 def test_slots_that_a_value_was_not_seen_in_are_empty(of_bins: Content) -> None:
     parts = [
-        NetworkRanges(name=f"bin{n:02d}", t=(900.0 - n,), branch=("cond",), values=(seen,) if seen else ())
+        NetworkRanges(name=f"bin{n:02d}", t=(900.0 + n,), branch=("cond",), values=(seen,) if seen else ())
         for n, seen in enumerate((
             ValueRanges(value="x", layers=("a",), lo=(-1.0,), hi=(1.0,), after_lo=(-0.5,), after_hi=(0.5,)),
             None,
@@ -153,7 +153,8 @@ def test_slots_that_a_value_was_not_seen_in_are_empty(of_bins: Content) -> None:
     ]  # fmt: skip
     (network,) = range_view.numbers(replace(of_bins, ranges=RangesReport(networks=tuple(parts))))
     (value,) = network["values"]
-    assert (value["hi"], value["afterHi"]) == ([1.0, None, 3.0], [0.5, None, 3.0])
+    assert network["t"] == [902.0, 901.0, 900.0], "descending, whatever the order of the networks"
+    assert (value["hi"], value["afterHi"]) == ([3.0, None, 1.0], [3.0, None, 0.5])
 
 
 def test_layers_of_one_value_have_boxes_of_their_own(plain: Content) -> None:

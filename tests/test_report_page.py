@@ -91,6 +91,7 @@ def test_the_page_is_one_file_that_asks_for_nothing(page: Path) -> None:
     tags = Tags(text)
     assert tags.open == [] and len(tags.addresses) > 6
     assert [one[:40] for one in tags.addresses if not one.startswith("data:")] == []
+    assert "default-src 'none'" in text[: text.index("<title>")], "and the browser holds it to that"
     assert "url(" not in text[: text.index("</style>")] and "@import" not in text[: text.index("</style>")]
     assert page.stat().st_size < LIMIT
 
