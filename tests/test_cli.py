@@ -121,7 +121,7 @@ def test_an_output_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
     """Without --force nothing is replaced; with it, only a bundle is."""
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("ten years of work", encoding="utf-8")
-    assert_one_line(command(MODEL, "--out", "thesis", cwd=tmp_path), "thesis", "exists", "--force")
+    assert_one_line(command(MODEL, "--out", "thesis", cwd=tmp_path), "thesis", "not a bundle and is never replaced")
     assert_one_line(command(MODEL, "--out", "thesis", "--force", cwd=tmp_path), "thesis", "not a bundle")
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["thesis", "thesis/chapter.txt"]
     assert (tmp_path / "thesis" / "chapter.txt").read_text(encoding="utf-8") == "ten years of work"
@@ -237,6 +237,9 @@ def test_export_says_what_it_made(made: Path) -> None:
     assert facts["target"] == "ort-int8"
     assert len(facts["bins"]) == len(bundle.schedule.bins) == 2
     assert facts["layers"]["quantized"] >= 20
+    assert facts["layers"]["float_in_bins"] == 0
+    modes = {place.stat().st_mode for place in bundle.path.rglob("*") if place.is_file()}
+    assert len(modes) == 1, "who serves a bundle reads all of it"
     assert sorted(p.name for p in made.iterdir()) == ["bundle", "export.json", "record.safetensors"]
 
 

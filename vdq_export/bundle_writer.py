@@ -12,6 +12,7 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -150,6 +151,7 @@ class BundleWriter:
     def _entry(self, place: Path) -> FileEntry:
         path = place.relative_to(self._folder).as_posix()
         if path not in self._hashed:
+            place.chmod(stat.S_IMODE((self._folder / SCHEDULE).stat().st_mode))  # safetensors' are their owner's alone
             with place.open("rb+") as file:
                 os.fsync(file.fileno())
             self._hashed[path] = FileEntry(path=path, size=place.stat().st_size, sha256=hash_file(place))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from vdq_export import pipeline, sources, targets
+from vdq_export import pipeline, recipe_rules, sources, targets
 from vdq_export import recipe as recipes
 from vdq_export.bundle import Bundle
 from vdq_export.bundle_writer import BundleWriter, signature_of
@@ -22,7 +22,7 @@ from vdq_export.calib.observe import observe
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.solve import Solved, at_precision, solve
 from vdq_export.calib.step_reuse import learn
-from vdq_export.calib.values import observe_values, plan_values
+from vdq_export.calib.values import observe_values, plan_values, ruled
 from vdq_export.contract import PassContext, PassReport
 from vdq_export.errors import CalibrationError, RecipeError
 from vdq_export.graph import Graph, is_promise
@@ -108,7 +108,7 @@ def export(
     reporter = reporter or Reporter()
     place = at_work(out, work=work, engine=engine, workers=choices.get("workers"))
     with BundleWriter(out, force=force) as writer, place as settled:  # a taken folder is refused before hours of work
-        choices |= {"dump": dump, "reporter": reporter, "work": settled}
+        choices |= {"dump": dump, "reporter": reporter, "work": settled, "strict": strict}
         planned = make_plan(model, target=target, tsw=tsw, recipe=recipe, **choices)
         if settled.store is not None and settled.store.hits:
             reporter.warn(f"{settled.store.hits} results of finished work were taken from {settled.store.folder}")
@@ -125,9 +125,7 @@ def make_plan(
     activations: int | Literal["mixed"] | None = None,
     **choices: Any,
 ) -> Planned:
-    """Trace `model`, calibrate and solve: everything that looks at data. finish() then writes it.
-
-    Raises as export() does.
+    """Trace `model`, calibrate, solve: all that looks at data; finish() then writes it. Raises as export() does.
 
     recipe, tsw: as export() takes them. isa: what exactly of the target ("avx2", "v75", "fp16"); None: its own choice.
     activations: their bits, by default the target's, or the recipe's where the target has none of its own; "mixed":
@@ -136,7 +134,7 @@ def make_plan(
     one segment of the network at a time, by default where its weights do not fit in memory; calibration: a saved
     record to use instead of running the model; save_calibration; workers: processes that solve layers; work: an
     engine and a store of finished work instead; traced: {expert, "" for the only network: its graph} if there are any
-    already (they are edited); dump; reporter.
+    already (they are edited); dump; reporter; strict: a rule of the recipe that matches no layer is an error.
     """
     chosen = recipe if isinstance(recipe, Recipe) else recipes.load(recipe)
     count = None if tsw is None else _bin_count(tsw)
@@ -146,6 +144,7 @@ def make_plan(
     model = sources.resolve(model)
     for text in model.metadata.get("notes", ()):
         settings.reporter.warn(text)
+    recipe_rules.check_experts(chosen, model.name, [expert for expert, _ in model.networks()])
     for expert, _ in model.networks():
         place = record_path(settings.calibration, expert)
         if place is not None and not place.is_file():
@@ -170,7 +169,7 @@ def finish(
     reporter: Reporter | None = None,
     page: bool = False,
 ) -> Bundle:
-    """From plan to bundle: quantize every bin's graph into `writer` and commit it. Raises PassError with `strict`."""
+    """From plan to bundle: quantize every bin's graph into `writer` and commit it. Raises StrictError with `strict`."""
     reporter = reporter or Reporter()
     reports, graphs = quantize(planned, writer, dump=dump, reporter=reporter)
     hoisted, told = hoisting_parts.write(planned, writer, reporter)
@@ -255,6 +254,8 @@ def _plan_network(
         graph = settings.traced[expert] if expert in settings.traced else trace(model)
     told = pipeline.run_passes(graph, pipeline.canonical(spec.name), PassContext(spec=spec), dump=dump)
     reports = pipeline.of_network(expert, told)
+    if expert not in settings.traced:  # else a search that plans many times says it many times
+        recipe_rules.check_matches(recipe, ruled(graph, spec), reporter, strict=settings.strict)
     recipe = learned.adapted(recipe, model.learned)
     record = _record(graph, model, expert, recipe, settings)
     probe = None if recipe.schedule.cache is None else learn(graph, model, store=settings.store)
