@@ -183,7 +183,7 @@ def finish(
     schedule = Schedule.from_plans(
         planned.plans,
         list(graphs),
-        sampler=_sampler_settings(planned.model),
+        sampler={} if planned.model.sampler is None else dict(planned.model.sampler.settings()),
         reuse=_reuse(planned, writer),
         hoisted=hoisted,
     )
@@ -353,10 +353,6 @@ def _record(graph: Graph, model: Model, expert: str, recipe: Recipe, settings: _
 def record_path(path: Path | None, expert: str) -> Path | None:
     """The calibration record of one expert, given the name for all of them."""
     return path if path is None or not expert else path.with_suffix(f".{expert}{path.suffix}")
-
-
-def _sampler_settings(model: Model) -> dict[str, Any]:
-    return {} if model.sampler is None else dict(model.sampler.settings())
 
 
 def _reuse(planned: Planned, writer: BundleWriter) -> CachePolicy | None:

@@ -7,6 +7,7 @@ Equal bundles give equal pages: no date, no path.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -21,7 +22,11 @@ from vdq_export.report.content import Content
 from vdq_export.report.environment import asset, fill
 from vdq_export.schedule import Schedule
 
-FILTERS = {"megabytes": sections.megabytes, "giga": sections.giga, "decibels": db_text}
+FILTERS: Mapping[str, Callable[..., str]] = {
+    "megabytes": sections.megabytes,
+    "giga": sections.giga,
+    "decibels": db_text,
+}
 
 
 def render(content: Content) -> bytes:
