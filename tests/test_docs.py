@@ -257,6 +257,15 @@ def test_the_layers_that_the_tutorial_says_stayed_in_float(shared: Path) -> None
     assert len(floats) == 6 and [one.name for one in floats if not one.hoisted] == ["proj_out"]
 
 
+def test_messages_that_go_wrong_are_those_of_the_program() -> None:
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    ours = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "vdq_export").rglob("*.py"))
+    quoted = [one for row in re.findall(r"^\| (`.+?) \|", text, re.MULTILINE) for one in re.findall(r"`([^`]+)`", row)]
+    quoted = [one for one in quoted if not one.startswith(("command not found", "verdict: "))]
+    pieces = [piece.strip(" ;?") for one in quoted for piece in re.split("…|'timestep'", one)]
+    assert len(quoted) > 8 and [piece for piece in pieces if piece and piece not in ours] == []
+
+
 def test_every_file_of_a_bundle_is_in_its_specification(shared: Path) -> None:
     text = (DOCS / "bundle-format.md").read_text(encoding="utf-8")
     first = re.findall(r"^\| (`[^|]+) \|", text, re.MULTILINE)
