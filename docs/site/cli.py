@@ -15,7 +15,7 @@ def page() -> str:
     parts = [
         "# Commands",
         f"```text\n{cli.get_help(context)}\n```",
-        "Exit codes: 0 done, 1 the answer is no (`verify`, `lint`, `diff`), 2 it could not be done, 130 interrupted.",
+        "Exit codes, and what is printed where: [the command](../cli.md).",
     ]
     for name in cli.list_commands(context):
         command = cli.get_command(context, name)
