@@ -15,12 +15,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from bokeh.models import LinearColorMapper
 
 from tests.commands import ENVIRONMENT, ROOT
 from tests.host_cases import CHROMIUM, HOST, needs_chromium, node
 from vdq_export.bundle import Bundle
+from vdq_export.report.cells import Cell, cells
 from vdq_export.report.content import ClipPair, Content, gather
 from vdq_export.report.data import JudgeScores, KernelCount, LayerQuality, StepError, VerifyReport
+from vdq_export.report.figures import heat_map
 from vdq_export.report.page import render
 from vdq_export.report.ranges import RANGES, RangesReport
 
@@ -136,6 +139,40 @@ def test_the_page_says_what_it_was_given(page: Path, content: Content) -> None:
         assert said in text, said
     plots = json.loads(re.findall(r'id="plots">(.*?)</script>', text)[0])
     assert list(plots) == ["heat", "ranges", "growth"]
+
+
+def heat(cells: list[Cell], threshold: float = 12.0) -> tuple[Any, Any, LinearColorMapper]:
+    """(the plot, its data, its colours)"""
+    plot: Any = heat_map(cells, threshold, {"bin00": "500–1000"})
+    (drawn,) = [one for one in plot.renderers if type(one.glyph).__name__ == "Rect"]
+    assert drawn.glyph.fill_color.field == "sqnr_db"
+    return plot, drawn.data_source.data, drawn.glyph.fill_color.transform
+
+
+def test_one_broken_layer_takes_no_colours_from_the_others(content: Content) -> None:
+    plain = cells(content)
+    _, data, colours = heat(plain)
+    assert (colours.low, colours.high, len(colours.palette)) == (2.0, 52.0, 50)
+    assert all(name.startswith(("#a", "#b", "#c", "#d")) for name in colours.palette[:10]), "red below the threshold"
+    assert data["mark"] == ["×" if one.sqnr_db is not None and one.sqnr_db < 12 else "" for one in plain]
+    assert "×" in data["mark"]
+    _, _, same = heat([replace(plain[0], sqnr_db=-200.0, state="low"), *plain[1:]])
+    assert (same.low, same.high, same.palette) == (colours.low, colours.high, colours.palette)
+
+
+@pytest.mark.parametrize("blocks", [4, 40, 200])
+def test_labels_of_many_layers_do_not_overlap(content: Content, blocks: int) -> None:
+    """13 pixels for each: by layer as long as a phone can draw that, then by block."""
+    one = cells(content)[0]
+    names = ["stem", *(f"blocks.{block}.{layer}" for block in range(blocks) for layer in range(12))]
+    plot, _, _ = heat([replace(one, layer=name) for name in names])
+    rows = plot.height - 120
+    assert rows <= max(4800, 4 * len(names)) and plot.yaxis[0].formatter.args["all"] == names
+    labels = [place for place, text in enumerate(plot.yaxis[0].formatter.args["texts"]) if text]
+    gaps = np.diff(labels) * rows / len(names)
+    assert len(labels) == (len(names) if blocks == 4 else 1 + blocks) and gaps.min() >= 13
+    shown = [plot.yaxis[0].formatter.args["texts"][place] for place in labels]
+    assert shown[-1] == ("blocks.3.11" if blocks == 4 else f"blocks.{blocks - 1}")
 
 
 @pytest.fixture(scope="module")

@@ -141,12 +141,6 @@ function turnLabels(plot) {
   }
 }
 
-// Paper is narrower than a screen: plots shrink in print by as much as that takes, the text beside them does not.
-function fitPaper() {
-  const widest = Math.max(...[...document.querySelectorAll(".plot")].map((one) => one.clientWidth));
-  document.documentElement.style.setProperty("--on-paper", String(Math.min(1, 680 / widest)));
-}
-
 async function start() {
   startPlayer();
   for (const [name, plot] of Object.entries(numbers("plots"))) {
@@ -155,8 +149,6 @@ async function start() {
     if (name === "heat") turnLabels(model);
     if (name === "ranges") startRanges(model);
   }
-  fitPaper();
-  addEventListener("resize", fitPaper);
   document.body.dataset.state = "ready";
 }
 
