@@ -19,7 +19,7 @@ from vdq_export.bundle_writer import BundleWriter, signature_of
 from vdq_export.calib.step_reuse import Learnt, changes, fit, learn
 from vdq_export.contract import PassContext
 from vdq_export.errors import CalibrationError, PassError
-from vdq_export.graph import Array, Graph
+from vdq_export.graph import OUTPUT, Array, Graph
 from vdq_export.graphs import probe
 from vdq_export.manifest import Manifest, ModelIdentity
 from vdq_export.metrics import relative_change
@@ -28,7 +28,6 @@ from vdq_export.plan import Bin
 from vdq_export.policy import CachePolicy, Probe
 from vdq_export.runtime import load
 from vdq_export.schedule import Schedule
-from vdq_export.tracing.exporter import OUTPUT
 
 WEIGHTS = "graphs/weights/weights.bin"
 MODULATED = "blocks.0.attn1.to_q"

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -99,6 +100,12 @@ def test_without_clips_no_model_is_needed(bundle: Path) -> None:
     page = text(bundle / PAGE)
     assert "&lt;b&gt;x&lt;/b&gt; is below" in page and "<b>x</b>" not in page
     assert "nowhere:at-all" in page and "1 of 2" in page
+    opened = Bundle.open(bundle)
+    opened.attach(REPORT, msgspec.structs.replace(found, verdict="pass", failures=()).to_json())
+    assert "verdict fail" in report(bundle, "--clips", "0"), "a linear in float misses the threshold"
+    every = KernelCount(planned=2, executed=2)
+    opened.attach(REPORT, msgspec.structs.replace(found, verdict="pass", failures=(), integer_kernels=every).to_json())
+    assert "verdict open" in report(bundle, "--clips", "0"), "no clip and no layer was measured"
 
 
 def test_the_float_models_clips_are_made_once(exported: Path) -> None:

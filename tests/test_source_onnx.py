@@ -20,10 +20,10 @@ from vdq_export import ort, pipeline, recorded
 from vdq_export.bundle import Bundle
 from vdq_export.contract import PassContext
 from vdq_export.errors import ModelError
+from vdq_export.graph import OUTPUT
 from vdq_export.model import Model
 from vdq_export.sources import resolve
 from vdq_export.trace import trace
-from vdq_export.tracing.exporter import OUTPUT
 
 FORMS: dict[str, dict[str, Any]] = {
     "TorchScript, opset 18": {},

@@ -64,13 +64,15 @@ def report_command(
 def _page(
     bundle: Bundle, other: Bundle | None, name: str | None, clips: int | None, told: Reporter, *, keep: bool
 ) -> tuple[Bundle, str, bytes]:
-    """(the bundle, with what was measured when `keep`; the verdict; the page).
+    """(the bundle, with what was measured when `keep`; "pass", "fail" or, with thresholds nobody measured, "open"; the
+    page).
 
     Raises MissingToolError without what draws the page, ModelError for another model than the bundle's.
     """
     try:
         from vdq_export.report.content import gather
         from vdq_export.report.page import render
+        from vdq_export.report.verdict import headline
     except ModuleNotFoundError as error:
         what = f"no {error.name} here, which draws the page"
         raise MissingToolError(what, hint=f"pip install {error.name}") from error
@@ -90,7 +92,7 @@ def _page(
         if model is not None and alike:
             beside = make_clips(other, model, len(content.clips), told, reference=made.reference)
         content = replace(content, against=replace(gather(other), clips=_pairs(model, beside, count)))
-    return bundle, found.verdict, render(content)
+    return bundle, headline(content)[0], render(content)
 
 
 def _pairs(model: Model | None, made: Clips, count: int) -> tuple[Any, ...]:
