@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from vdq_export.commands.export import _text
 from vdq_export.commands.plan import print_plan
 from vdq_export.graph import Graph
 from vdq_export.plan import QuantPlan
+from vdq_export.report.data import KernelCount, VerifyReport
 
 
 @pytest.fixture
@@ -159,6 +161,18 @@ def test_refused_before_any_work(
     assert (tmp_path / "own.safetensors").read_bytes() == b"mine"
     Bundle.open(bundle)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "own.safetensors", "whole.safetensors"]
+
+
+def test_a_report_tells_machines(made: Path, inside: InProcess, tmp_path: Path) -> None:
+    shutil.copytree(made / "bundle", tmp_path / "b")
+    kernels = KernelCount(planned=1, executed=1)
+    report = VerifyReport(verdict="fail", bundle_bytes=1, integer_kernels=kernels, failures=("x",))
+    Bundle.open(tmp_path / "b").attach("report/report.json", report.to_json())
+    code, out, err = inside("report", tmp_path / "b", "--clips", "0", "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    assert Path(told["page"]).stat().st_size == told["bytes"]
+    assert told["verdict"] == "fail"
 
 
 def test_an_empty_folder_is_taken_and_another_one_is_told_so(inside: InProcess, tmp_path: Path) -> None:

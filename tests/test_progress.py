@@ -101,6 +101,15 @@ def shown(monkeypatch: pytest.MonkeyPatch, work: Callable[[Reporter], None], **k
     return terminal.getvalue()
 
 
+def test_a_terminal_that_cannot_draw_gets_a_line_a_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    with TerminalReporter().stage("solve"), TerminalReporter(-1).stage("quiet"):
+        pass
+    assert terminal.getvalue() == "solve …\n"
+
+
 def nested(told: Reporter) -> None:
     with told.stage("measure"):
         for name in ("first export", "second export"):

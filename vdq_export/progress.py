@@ -79,19 +79,24 @@ class Reporter:
 
 
 class TerminalReporter(Reporter):
-    """Progress bars on stderr where it is a terminal; notes there when verbose (1), no warnings when quiet (-1)."""
+    """Progress bars on stderr where it is a terminal (a dumb one gets a line a stage); notes there when verbose (1), no
+    warnings when quiet (-1).
+    """
 
     def __init__(self, verbosity: int = 0, *, bars: bool = True) -> None:
         self._console = Console(file=sys.stderr, highlight=False)
         # Not the console's own idea alone: variables as FORCE_COLOR make it take a pipe for a terminal.
         shown = sys.stderr.isatty() and self._console.is_interactive
         self._bars = bars and verbosity >= 0 and shown
+        self._lines = bars and verbosity >= 0 and sys.stderr.isatty() and not shown  # a terminal that cannot draw
         self._verbose, self._quiet = verbosity > 0, verbosity < 0
         self._progress: Progress | None = None  # one display holds all stages that are open
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Advance]:
         if not self._bars:
+            if self._lines:
+                self._console.print(f"{name} …", markup=False, soft_wrap=True)
             yield lambda done, total: None
             return
         outermost = self._progress is None

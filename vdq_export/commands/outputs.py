@@ -26,7 +26,7 @@ class Output(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not str(value):
             self.fail("the name is empty", param, ctx)
-        place: Path = super().convert(value, param, ctx)
+        place = Path(str(super().convert(value, param, ctx)))
         if self._suffixes and place.exists() and place.suffix not in self._suffixes:
             wanted = " or ".join(self._suffixes)
             raise VdqError(f"{place} exists and is no {wanted} file", hint="it would be replaced; choose another name")

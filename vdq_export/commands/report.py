@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from vdq_export import float_model
 from vdq_export.bundle import Bundle
-from vdq_export.commands.options import bundle_argument, reporter, verbosity
+from vdq_export.commands.options import bundle_argument, machine_readable, reporter, verbosity
 from vdq_export.commands.outputs import Output
 from vdq_export.disk import write_whole
 from vdq_export.errors import MissingToolError
@@ -32,6 +33,7 @@ SHOWN = 4  # clips on the page unless told otherwise
 )
 @click.option("--out", type=Output(".html"), help="Write the page here, not into BUNDLE.")
 @click.option("--open", "show", is_flag=True, help="Open it in the browser.")
+@machine_readable
 @verbosity
 def report_command(
     bundle: Path,
@@ -40,13 +42,14 @@ def report_command(
     clips: int | None,
     out: Path | None,
     show: bool,
+    as_json: bool,
     verbose: int,
     quiet: bool,
 ) -> None:
     """Write BUNDLE's report: report/report.html, one file that needs no network.
 
     It shows what `vdq-export verify --save` measured. A bundle that was not verified is verified now, with as many
-    clips as --clips says.
+    clips as --clips says. Exit code 0 whatever the verdict: `vdq-export verify` is the one to ask.
     """
     told = reporter(verbose, quiet)
     opened, other = Bundle.open(bundle), None if against is None else Bundle.open(against)
@@ -56,7 +59,9 @@ def report_command(
     else:
         write_whole(out, page)
         place = out
-    click.echo(f"{place}: {len(page) / 1e6:.1f} MB, verdict {verdict}")
+    facts = {"page": str(place), "bytes": len(page), "verdict": verdict}
+    text = f"{place}: {len(page) / 1e6:.1f} MB, verdict {verdict}"
+    click.echo(msgspec.json.encode(facts).decode() if as_json else text)
     if show:
         webbrowser.open(place.resolve().as_uri())
 
