@@ -169,7 +169,7 @@ def ranges(width: tuple[float, float]) -> Model:
     plot.vspan(x="t", source=edges, line_color=INK, line_dash="dashed", line_alpha=0.7)
     kinds = (("any", ORANGE, "solid", 2), ("cond", BLUE, "solid", 4), ("uncond", GREEN, "dashed", 2))
     for branch, colour, dash, width_of_line in kinds:
-        edge = {name: [] for name in ("left", "right", "lo", "hi", "bin", "why")}
+        edge: dict[str, list[Any]] = {name: [] for name in ("left", "right", "lo", "hi", "bin", "why")}
         drawn = plot.quad(
             left="left",
             right="right",

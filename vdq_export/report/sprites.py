@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -76,7 +77,7 @@ class _Size:
     def address(self, sheet: Pixels) -> str:
         """The picture as a data: address."""
         file, kind = io.BytesIO(), "png" if self.exact or max(sheet.shape) > WIDEST else "webp"
-        options = {"png": {"optimize": True}, "webp": {"quality": QUALITY, "method": 2}}
+        options: dict[str, dict[str, Any]] = {"png": {"optimize": True}, "webp": {"quality": QUALITY, "method": 2}}
         Image.fromarray(sheet).save(file, kind, **options[kind])
         return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
