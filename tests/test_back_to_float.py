@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace as with_changes
 from pathlib import Path
@@ -19,6 +20,7 @@ from vdq_export import ort, targets
 from vdq_export import recipe as recipes
 from vdq_export.bisect import back_to_float
 from vdq_export.bisect.candidates import Place, candidates, effects
+from vdq_export.bisect.cost import cost
 from vdq_export.bisect.fixed_recipe import fixed_recipe
 from vdq_export.bisect.float_layers import put_back
 from vdq_export.bundle import Bundle
@@ -30,6 +32,7 @@ from vdq_export.model import Model
 from vdq_export.plan import Bin
 from vdq_export.progress import Reporter
 from vdq_export.recipe import Keep, Override, Recipe
+from vdq_export.runtime import families
 from vdq_export.runtime.ahead import Ahead
 from vdq_export.verify import float_graphs, make_clips
 
@@ -141,11 +144,48 @@ def test_a_spoilt_layer_is_found_and_mended(
     def weights(bundle: Bundle) -> int:
         return sum(entry.size for entry in bundle.manifest.files if "weights" in entry.path)
 
-    assert weights(mended) - weights(bad) == pytest.approx(found["cost"]["bytes"], abs=4096)  # alignment
+    # Beside the matrix: bias and scales of the quantized layer, and alignment.
+    assert weights(mended) - weights(bad) == pytest.approx(found["cost"]["bytes"], abs=600)
     assert found["cost"]["bins"] == [0, 1]
-    assert found["cost"]["float_after"] > found["cost"]["float_before"]
+    shares = [float_share(bundle) for bundle in (bad, mended)]
+    assert [found["cost"]["float_before"], found["cost"]["float_after"]] == pytest.approx(shares)
+    assert found["cost"]["sessions_after"] == sessions(mended) == found["cost"]["sessions_before"] == sessions(bad)
     again = back_to_float.bisect(mended, model, psnr=WANTED, clips=1)
     assert (again.outcome, again.runs, again.members) == ("nothing to do", 1, ())
+
+
+def float_share(bundle: Bundle) -> float:
+    """Of the multiply-adds of the linears of a clip."""
+    work = {True: 0, False: 0}
+    for one in bundle.plan.bins:
+        for layer in bundle.plan.of_bin(one).layers:
+            work[layer.quantized] += layer.rows * layer.shape[0] * layer.shape[1] * len(one.steps)
+    return work[False] / sum(work.values())
+
+
+def sessions(bundle: Bundle) -> int:
+    return len(families.find([bundle.graph_path(index) for index in range(len(bundle.schedule.bins))]))
+
+
+def test_a_layer_in_one_bin_costs_a_session_and_keeps_its_integers(bad: Bundle, model: Model) -> None:
+    found, _ = candidates(bad, model, Reporter())
+    one, both = (cost(bad, found, frozenset(Place(BAD, i) for i in bins)) for bins in ((1,), (0, 1)))
+    layer = next(x for x in bad.plan.layers if x.name == BAD)
+    elements = layer.shape[0] * layer.shape[1]
+    assert (one.bytes, both.bytes) == (4 * elements, 3 * elements), (
+        "float beside integers of a byte, and in their place"
+    )
+    assert (one.sessions_before, one.sessions_after, one.bins) == (1, 2, (1,))
+    assert one.float_after < both.float_after
+
+
+def test_what_people_read(bad: Bundle, tmp_path: Path) -> None:
+    code, out, _ = command("bisect", bad.path, "--psnr", str(WANTED), "--clips", "1", "--quiet", cwd=tmp_path)
+    assert code == 0
+    assert re.search(rf"with these 2 in float: [\d.]+ dB; none can be left out\n  {re.escape(BAD)} in bin00 \(\+", out)
+    assert "costs: weights +0.0" in out and "graphs that change: bin00, bin01" in out
+    assert 'extends = "' in out or "[[keep_float]]" in out
+    assert "export it: vdq-export tests.clip_model:build --target ort-int8" in out
 
 
 def test_gain_runs_and_what_is_out_of_reach(bad: Bundle, model: Model) -> None:

@@ -277,6 +277,7 @@ def test_diff_of_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     b = tiny_bundle.write(tmp_path / "b")
     done = CliRunner().invoke(diff_command, [str(a.path), str(b.path), "--html", str(tmp_path / "d.html")])
     page = (tmp_path / "d.html").read_text(encoding="utf-8")
+    assert 'download="first.body.bin02.onnx"' in page and 'download="second.body.bin02.onnx"' in page
     assert done.exit_code == 1 and "Side by side: bin02" in page and "gain: 4 -&gt; 5 (+25.000%)" in page
     assert len(re.findall(r'class="box changed"', page)) == 2
     same = graph_page.diff_page(a.path, a.path).decode()

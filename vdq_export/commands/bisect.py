@@ -12,6 +12,8 @@ from vdq_export.commands.options import Finite, machine_readable, reporter, verb
 from vdq_export.commands.outputs import Output
 from vdq_export.disk import write_whole
 
+MOST = 0.5  # share of multiply-adds in float beyond which putting layers back is no remedy
+
 
 @click.command("bisect")
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -74,7 +76,7 @@ def _text(found: Found, out: Path | None) -> str:
         lines.append("out of reach: what is lost beyond that is not lost in the linears of the bins' graphs (attention")
         lines.append("in low bits, hoisted layers, reused steps); ask for less, or see `vdq-export verify`")
         return "\n".join(lines)
-    proven = "none can be left out" if found.minimal else f"the best after {found.runs} runs; --runs allows more"
+    proven = "none can be left out" if found.minimal else "the best so far; more --runs may find fewer"
     lines.append(f"with these {len(found.members)} in float: {found.fixed_db:.2f} dB; {proven}")
     by_layer: dict[str, list[str]] = {}
     for one in found.members:
@@ -98,6 +100,8 @@ def _cost(found: Found) -> list[str]:
         f"costs: weights {cost.bytes / 1e6:+.2f} MB ({cost.share:+.1%} of the bundle); multiply-adds of linears in "
         f"float {cost.float_before:.1%} → {cost.float_after:.1%}; graphs that change: {bins}"
     ]
+    if cost.float_after > MOST:
+        lines.append("  most of it is float then: a recipe with more bits, or a search for less, may serve better")
     if cost.sessions_after > cost.sessions_before:
         lines.append(
             f"  bins no longer alike: {cost.sessions_after} sessions on the CPU instead of {cost.sessions_before}; on "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,12 @@ def _pair(
 ) -> tuple[Shown, ...]:
     pictures = graph_draw.draw_pair(comparison, *chosen, block or "")
     rows = zip(files, (comparison.matching.a, comparison.matching.b), chosen, pictures, captions, strict=True)
-    return tuple(_shown(file, side, some, picture, text, block) for file, side, some, picture, text in rows)
+    shown = tuple(_shown(file, side, some, picture, text, block) for file, side, some, picture, text in rows)
+    if files[0].name != files[1].name:
+        return shown
+    return tuple(
+        replace(one, file=f"{which}.{one.file}") for which, one in zip(("first", "second"), shown, strict=True)
+    )
 
 
 def _shown(file: Path, side: Side, members: set[int], picture: Picture, caption: str, block: str | None) -> Shown:
