@@ -154,4 +154,6 @@ def test_a_graph_the_provider_refuses_is_an_error_of_the_bundle(quantized: Bundl
 
 
 def test_the_command_refuses_before_it_loads_a_model(tiny: Bundle) -> None:
-    assert_one_line(command("run", tiny.path, "--providers", "ort-qnn", cwd=tiny.path.parent), "did you mean ort-qnn-ep")
+    assert_one_line(
+        command("run", tiny.path, "--providers", "ort-qnn", cwd=tiny.path.parent), "did you mean ort-qnn-ep"
+    )
