@@ -10,7 +10,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypedDict
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,25 +18,16 @@ import torch
 from vdq_export.errors import ModelError, VdqError
 from vdq_export.experts import Expert, Experts
 from vdq_export.graph import Graph
+from vdq_export.steps import Step as Step
+from vdq_export.steps import Tensors as Tensors
+from vdq_export.steps import Trajectory as Trajectory
 from vdq_export.steps import check_sampler, checked_trajectories, seen_by
 from vdq_export.weights import on_demand
 from vdq_export.weights.checkpoint import Checkpoint
 from vdq_export.weights.learned import Learned
 
 CLIP_MARGIN = 1e-3  # beyond [0, 1], for rounding
-Tensors = Mapping[str, torch.Tensor]
 Denoiser = Callable[..., Any]  # a transformer: called with the module's keyword inputs, returns a tensor or a tuple
-
-
-class Step(TypedDict):
-    """One call of the network: timestep, guidance branch, and its inputs by name."""
-
-    t: float
-    branch: Literal["cond", "uncond"]
-    inputs: dict[str, torch.Tensor]
-
-
-Trajectory = Sequence[Step]
 
 
 class Sampler(Protocol):

@@ -1,20 +1,29 @@
-"""Whether a recorded call is one: what a user's own loop hands over is looked at before hours are spent on it."""
+"""A recorded call of the network, and whether it is one: looked at before hours are spent on it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from numbers import Real
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 
 from vdq_export.errors import ModelError
 
-if TYPE_CHECKING:
-    from vdq_export.model import Step, Tensors, Trajectory
-
 ROUNDING = 1e-3  # relative: between a recorded t and the timestep input, which may be of float16
+Tensors = Mapping[str, torch.Tensor]
+
+
+class Step(TypedDict):
+    """One call of the network: timestep, guidance branch, and its inputs by name."""
+
+    t: float
+    branch: Literal["cond", "uncond"]
+    inputs: dict[str, torch.Tensor]
+
+
+Trajectory = Sequence[Step]
 
 
 def checked_step(step: Any, where: str, timestep: str | None = None, example: Tensors | None = None) -> Step:
