@@ -260,3 +260,19 @@ def test_a_model_of_four_hundred_layers_has_a_page_too(plain: Content) -> None:
     told = json.dumps(plots["heat"])
     longest = max((one.why for one in found), key=len)
     assert told.count(json.dumps(longest)) == 1, "a layer's reasons stand once, not once a bin"
+
+
+def test_provenance_says_how_often_each_expert_was_run(plain: Content) -> None:
+    """Bins with weights of their own were calibrated with their expert; what nobody counted is left out."""
+
+    def seen(name: str, t: float, calls: int) -> NetworkRanges:
+        return NetworkRanges(name=name, t=(t, t), branch=("cond", "uncond"), values=(), calls=calls)
+
+    networks = (seen("high.bin00", 900.0, 40), seen("high.bin01", 800.0, 40), seen("low", 100.0, 20))
+    told = sections.calibration(replace(plain, ranges=RangesReport(networks=networks)))
+    assert told == ["high: 40 calls of the network, timesteps: 2", "low: 20 calls of the network, timesteps: 1"]
+    alone = RangesReport(networks=(seen("bin00", 900.0, 40), seen("bin01", 800.0, 40)))
+    assert sections.calibration(replace(plain, ranges=alone)) == ["40 calls of the network, timesteps: 2"]
+    assert sections.calibration(replace(plain, ranges=RangesReport(networks=(seen("", 900.0, 0),)))) == []
+    page = render(replace(plain, ranges=RangesReport(networks=networks))).decode()
+    assert all(line in page for line in told)

@@ -5,6 +5,7 @@ What fails says which layer and bin. Thresholds come from the recipe the bundle 
 
 from __future__ import annotations
 
+import platform
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -29,6 +30,7 @@ from vdq_export.report.data import JudgeScores, KernelCount, LayerQuality, StepE
 from vdq_export.report.growth import Growth, mean
 from vdq_export.runtime import load
 from vdq_export.runtime.ahead import Ahead
+from vdq_export.targets.ort_int8 import detect_isa
 from vdq_export.trace import trace
 
 CLIPS = 20  # compared unless told otherwise
@@ -290,6 +292,7 @@ def _verdict(
         layers=tuple(layers),
         failures=tuple(failures),
         growth=mean(made.growth),
+        machine=f"{platform.system()} {platform.machine()} ({detect_isa()}), onnxruntime {onnxruntime.__version__}",
         **made.figures(),
     )
 

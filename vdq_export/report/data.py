@@ -56,7 +56,8 @@ class VerifyReport(_Data, frozen=True):
 
     clips: whole clips behind psnr_db and judge, 0: none, or nobody counted yet. worst_psnr_db: of one of them.
     device: what was measured there with `verify --device`; clips, judge, layers and kernels are then the device's too.
-    growth: how the error grows along the clips' trajectories, without the first step, which both start from.
+    machine: what it was measured on. growth: how the error grows along the clips' trajectories, without the first step,
+    which both start from.
     """
 
     verdict: Literal["pass", "fail"]
@@ -70,6 +71,7 @@ class VerifyReport(_Data, frozen=True):
     failures: tuple[str, ...] = ()
     device: DeviceReport | None = None
     growth: tuple[StepError, ...] = ()
+    machine: str = ""
     format: Literal[1] = 1
 
     def to_json(self) -> bytes:

@@ -62,6 +62,7 @@ def _view(content: Content) -> dict[str, Any]:
         "storage": content.storage.parts,
         "hoisting": sections.hoisted(content),
         "float_graphs": sections.float_graphs(content),
+        "calibration": sections.calibration(content),
         "passes": sections.passes(content),
         "passes_known": content.passes is not None,
         "in_float": sections.in_float(content),

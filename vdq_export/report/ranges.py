@@ -44,12 +44,16 @@ class ValueRanges(_Data, frozen=True):
 
 
 class NetworkRanges(_Data, frozen=True):
-    """One set of weights; name: "", an expert, a bin with weights of its own. t, branch: of the slots."""
+    """One set of weights; name: "", an expert, a bin with weights of its own. t, branch: of the slots.
+
+    calls: how often the network was run for them, 0 where nobody counted yet.
+    """
 
     name: str
     t: tuple[float, ...]
     branch: tuple[Literal["cond", "uncond"], ...]
     values: tuple[ValueRanges, ...]
+    calls: int = 0
 
 
 class RangesReport(_Data, frozen=True):
@@ -82,6 +86,7 @@ def measure(record: CalibrationRecord, plan: QuantPlan, name: str = "") -> Netwo
         t=tuple(record.slots[index].t for index in slots),
         branch=tuple(record.slots[index].branch for index in slots),
         values=tuple(_of_value(record.value(value), layers, slots) for value, layers in readers.items()),
+        calls=record.calls,
     )
 
 

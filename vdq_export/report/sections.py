@@ -109,6 +109,19 @@ def float_graphs(content: Content) -> list[tuple[str, str]]:
     return list(dict.fromkeys((plan.expert, plan.graph_hash) for plan in content.bundle.plans))
 
 
+def calibration(content: Content) -> list[str]:
+    """How often each network was run to be calibrated, and at how many timesteps."""
+    seen: dict[str, tuple[int, set[float]]] = {}
+    for one in content.ranges.networks if content.ranges else ():
+        expert = "" if one.name.startswith("bin") else one.name.partition(".bin")[0]
+        seen[expert] = one.calls, seen.get(expert, (0, set[float]()))[1] | set(one.t)
+    return [
+        f"{f'{expert}: ' if expert else ''}{calls} calls of the network, timesteps: {len(timesteps)}"
+        for expert, (calls, timesteps) in seen.items()
+        if calls
+    ]
+
+
 def recipe_text(content: Content) -> str:
     """The recipe with what was asked of it: the bins there are, and every threshold."""
     recipe = content.bundle.manifest.recipe or content.bundle.plans[0].recipe
