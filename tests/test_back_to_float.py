@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace as with_changes
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -192,9 +193,18 @@ def test_gain_runs_and_what_is_out_of_reach(bad: Bundle, model: Model) -> None:
     lost = back_to_float.bisect(bad, model, psnr=400.0, clips=1)
     assert (lost.outcome, lost.runs, lost.recipe) == ("unreachable", 2, "")
     assert lost.float_db is not None and lost.float_db < 400
+    assert lost.note == "", "nothing of this model runs ahead in 8 bits"
     short = back_to_float.bisect(bad, model, gain=WANTED - lost.bundle_db, clips=1, runs=2)
     assert short.wanted_db == pytest.approx(WANTED)
     assert (short.outcome, short.minimal, short.runs, len(short.members)) == ("fixed", False, 4, 2)
+
+
+def test_layers_that_run_ahead_are_named_where_they_may_be_the_limit() -> None:
+    ahead = [SimpleNamespace(name=f"adaln.{n}", quantized=True, hoisted="step") for n in range(4)]
+    others = [SimpleNamespace(name=f"blocks.{n}", quantized=True, hoisted="") for n in range(9)]
+    bundle: Any = SimpleNamespace(plans=[SimpleNamespace(layers=[*others, *ahead])] * 2)
+    told = "4 layers that run ahead have 8-bit weights (adaln.0, adaln.1, adaln.2, …); "
+    assert back_to_float._ahead(bundle).startswith(told)
 
 
 def test_what_is_refused(bad: Bundle, model: Model) -> None:

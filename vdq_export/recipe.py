@@ -315,8 +315,9 @@ def _read(origin: str) -> dict[str, Any]:
         hint = "without .toml it is the recipe that ships" if path.stem in names() else "see `vdq-export recipes`"
         raise RecipeError(f"recipe {origin}: no such file", hint=hint)
     source = path if is_file else resources.files("vdq_export").joinpath("recipes", f"{origin}.toml")
+    own = {"name": path.stem} if is_file else {}  # not that of what it extends: it says something else
     try:
-        return tomllib.loads(source.read_text(encoding="utf-8"))
+        return own | tomllib.loads(source.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"recipe {origin}: {error}") from error
 

@@ -79,14 +79,19 @@ class Clips:
 
 
 def verify(
-    bundle: Bundle, model: Model | str | None = None, *, clips: int | None = None, reporter: Reporter | None = None
+    bundle: Bundle | str | Path,
+    model: Model | str | None = None,
+    *,
+    clips: int | None = None,
+    reporter: Reporter | None = None,
 ) -> VerifyReport:
-    """Measure `bundle` against its float model and judge it by its recipe's thresholds.
+    """Measure `bundle`, or the one in that folder, against its float model and judge it by its recipe's thresholds.
 
     The report's `verdict` is "pass" or "fail", with every threshold that was missed in `failures`. Arguments and errors
     are those of measure(), which returns the clips too.
     """
-    return measure(bundle, model, clips=clips, reporter=reporter)[0]
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    return measure(opened, model, clips=clips, reporter=reporter)[0]
 
 
 def measure(

@@ -118,7 +118,7 @@ def bisect(
         decibels = {every: trials(every)}
         told = replace(told, outcome="unreachable", runs=trials.runs, float_db=decibels[every])
         if decibels[every] < wanted:
-            return replace(told, seconds=time.perf_counter() - begun)
+            return replace(told, note=_ahead(bundle), seconds=time.perf_counter() - begun)
         falls, whole = effects(bundle, found, calls, reporter)
         with reporter.stage("search") as advance:
 
@@ -160,6 +160,15 @@ def bisect(
 def _error(decibels: float) -> float:
     """Mean squared error of pictures in [0, 1]."""
     return float(10 ** (-decibels / 10))
+
+
+def _ahead(bundle: Bundle) -> str:
+    """What may be lost in layers that no bin's graph has, and what to do about it; "" where there are none."""
+    names = list(dict.fromkeys(x.name for plan in bundle.plans for x in plan.layers if x.quantized and x.hoisted))
+    if not names:
+        return ""
+    shown = f"{', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+    return f"{len(names)} layers that run ahead have 8-bit weights ({shown}); [[keep_float]] leaves them float"
 
 
 def _check(bundle: Bundle) -> None:

@@ -73,9 +73,9 @@ def _text(found: Found, out: Path | None) -> str:
         return "\n".join([*lines, "nothing has to be put back to float"])
     lines.append(f"with all of {found.candidates} (layer, bin) in float: {found.float_db:.2f} dB")
     if found.outcome == "unreachable":
-        lines.append("out of reach: what is lost beyond that is not lost in the linears of the bins' graphs (attention")
-        lines.append("in low bits, hoisted layers, reused steps); ask for less, or see `vdq-export verify`")
-        return "\n".join(lines)
+        lines.append("out of reach: what is lost beyond that is not lost in the linears of the bins' graphs but in")
+        lines.append("layers that run ahead, attention in low bits or reused steps; change these, or ask for less")
+        return "\n".join([*lines, *filter(None, [found.note])])
     proven = "none can be left out" if found.minimal else "the best so far; more --runs may find fewer"
     lines.append(f"with these {len(found.members)} in float: {found.fixed_db:.2f} dB; {proven}")
     by_layer: dict[str, list[str]] = {}
