@@ -142,7 +142,7 @@ def test_a_mix_of_bits_on_the_emulator(tiny: Model, tmp_path: Path) -> None:
     [
         (("--isa", "v99"), ("v99", "v79")),
         (("--activations", "4"), ("4-bit activations", "8, 16")),
-        (("--activations", "half"), ("half", "neither a number from 1 nor mixed")),
+        (("--activations", "half"), ("half", "known: 16, 4, 6, 8, mixed")),
         (("--recipe", "q-dit"), ("groups of 128", "16, 32, 64")),
         (("--recipe", "wan22-mxfp4"), ("computed at run time", "reference")),
     ],
