@@ -32,7 +32,7 @@ from vdq_export.errors import VdqError
 from vdq_export.metrics import psnr_db, ssim, temporal_difference_error
 from vdq_export.recipe import Recipe
 
-FORMAT = 1
+FORMAT = 2  # 1: before hoisting
 TEXTS = ("name", "summary", "source", "verify", "format")  # of a recipe: no number follows from them
 
 
