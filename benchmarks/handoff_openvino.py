@@ -1,9 +1,7 @@
 """OpenVINO takes bundles: which graphs, in how many integer kernels, how far from onnxruntime on the same graphs.
 
 With the settings of the hand-off and without, on this processor and limited to AVX2 (no VNNI). dB are SQNR against the
-float model over the calls of one trajectory, of the worst bin. Writes benchmarks/results/handoff-openvino.md:
-
-    python -m benchmarks.handoff_openvino
+float model over the calls of one trajectory, of the worst bin. Rows of `python -m benchmarks.handoff`.
 """
 
 from __future__ import annotations
@@ -16,17 +14,12 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.common import RESULTS
 from vdq_export.bundle import Bundle
 from vdq_export.compiler import export
 from vdq_export.devices import openvino_runtime
 from vdq_export.devices.verify_openvino import MAX_DROP_DB, BinResult, compare
 
 MODEL, BINS, CALLS = "sample:digits", 4, 4
-HEADS = (
-    "bundle", "weights", "processor", "settings", "graphs", "integer linears", "OpenVINO dB", "onnxruntime dB",
-    "agreement dB", "within 1 dB",
-)  # fmt: skip
 KINDS = {"--isa avx2": ("avx2", "static-asq"), "--isa avx512_vnni": ("avx512_vnni", "static-asq")}
 ISAS = {"this machine": "", "AVX2 only": "AVX2"}
 SETTINGS = {"hand-off": openvino_runtime.SETTINGS, "OpenVINO's own": {}}
@@ -64,23 +57,10 @@ def _measure(bundle: Path, limit: str, settings: str) -> list[BinResult]:
     return [BinResult(**one) for one in json.loads(done.stdout.splitlines()[-1])]
 
 
-def table(made: list[tuple[str, ...]]) -> str:
-    lines = [HEADS, tuple("---" for _ in HEADS), *made]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def main() -> None:
-    if len(sys.argv) == 3:
-        found = compare(Bundle.open(sys.argv[1]), calls=CALLS, settings=SETTINGS[sys.argv[2]])
-        print(json.dumps([asdict(one) for one in found]))
-        return
-    text = (
-        f"# {MODEL} in OpenVINO {openvino_runtime.version()}\n\n{BINS} bins, recipe static-asq, {CALLS} calls a bin; "
-        f"the bin that loses most. `python -m benchmarks.handoff_openvino` writes this file.\n\n{table(rows())}\n"
-    )
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "handoff-openvino.md").write_text(text, encoding="utf-8")
-    print(text)
+    """One measurement, for _measure(): a bundle and the name of its settings."""
+    found = compare(Bundle.open(sys.argv[1]), calls=CALLS, settings=SETTINGS[sys.argv[2]])
+    print(json.dumps([asdict(one) for one in found]))
 
 
 if __name__ == "__main__":

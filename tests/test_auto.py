@@ -52,6 +52,11 @@ def test_what_is_no_budget(text: str) -> None:
         Budget.parse(text)
 
 
+def test_a_misspelt_budget() -> None:
+    with pytest.raises(RecipeError, match=r"--budget siz=4bit: not a budget; .*; did you mean size\?"):
+        Budget.parse("siz=4bit")
+
+
 # -- what is searched ------------------------------------------------------------------------------------------------
 
 

@@ -79,7 +79,7 @@ def test_without_ray_the_command_says_how_to_get_it(tmp_path: Path) -> None:
 
 def test_an_unknown_engine_is_refused_before_any_work(tmp_path: Path) -> None:
     result = command("--engine", "slurm", "--out", "out", cwd=tmp_path)
-    assert_one_line(result, "unknown engine 'slurm'", "local, ray or ray://HOST:PORT")
+    assert_one_line(result, "unknown engine 'slurm'", "known: local, ray, ray://HOST:PORT")
     assert list(tmp_path.iterdir()) == []
 
 

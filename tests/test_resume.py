@@ -315,6 +315,9 @@ def test_work_in_a_folder_of_ones_own_stays(tmp_path: Path) -> None:
         assert nothing.store is None
 
 
-def test_an_unknown_engine_is_said() -> None:
-    with pytest.raises(EngineError, match="unknown engine 'slurm'; local, ray or ray://HOST:PORT"):
-        load("slurm")
+@pytest.mark.parametrize(
+    ("name", "hint"), [("slurm", "known: local, ray, ray://HOST:PORT"), ("lcal", "did you mean local")]
+)
+def test_an_unknown_engine_is_said(name: str, hint: str) -> None:
+    with pytest.raises(EngineError, match=f"unknown engine '{name}'; {hint}"):
+        load(name)

@@ -33,7 +33,7 @@ from vdq_export.calib.allocate import Allocation
 from vdq_export.calib.draft import by_value
 from vdq_export.calib.record import CalibrationRecord
 from vdq_export.calib.sensitivity import Candidate, LayerErrors, Table, measure
-from vdq_export.errors import RecipeError
+from vdq_export.errors import RecipeError, nearest
 from vdq_export.graph import Graph
 from vdq_export.model import Model
 from vdq_export.progress import Reporter
@@ -64,6 +64,9 @@ class Budget:
     def parse(text: str) -> Budget:
         """Raises RecipeError, with examples, for what is no budget."""
         found = _BUDGET.fullmatch(text.strip())
+        kind = text.partition("=")[0].strip().lower()
+        if found is None and kind not in _UNITS:
+            raise RecipeError(f"--budget {text}: not a budget", hint=f"{EXAMPLES}; {nearest(kind, _UNITS)}")
         if found is None or found[3].lower() not in _UNITS[found[1].lower()] or float(found[2]) <= 0:
             raise RecipeError(f"--budget {text}: not a budget", hint=EXAMPLES)
         kind: Any = found[1].lower()

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import psutil
 
 from vdq_export.calib import workers as processes
-from vdq_export.errors import EngineError
+from vdq_export.errors import EngineError, nearest
 
 LOCAL, RAY = "local", "ray"
 
@@ -89,4 +89,4 @@ def load(name: str, workers: int = 1) -> Engine:
         from vdq_export.work.ray import Ray
 
         return Ray("" if name == RAY else name, workers)
-    raise EngineError(f"unknown engine {name!r}", hint="local, ray or ray://HOST:PORT")
+    raise EngineError(f"unknown engine {name!r}", hint=nearest(name, (LOCAL, RAY, "ray://HOST:PORT")))
