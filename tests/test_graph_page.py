@@ -284,6 +284,16 @@ def test_diff_of_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "Same: the two bundles are equal." in same and "<svg" not in same
 
 
+def test_diff_of_bundles_has_a_row_for_each_pair_of_graphs(tmp_path: Path) -> None:
+    a, b = tiny_bundle.write(tmp_path / "a"), tiny_bundle.write(tmp_path / "b", edges=tiny_bundle.EDGES[:3])
+    page = graph_page.diff_page(a.path, b.path).decode()
+    rows = re.findall(r"<tr[^>]*><th>(.*?)</th><td>(.*?)</td><td>(.*?)</td>", page)
+    graphs = {what: sides for what, *sides in rows if what.startswith("bin")}
+    assert list(graphs) == ["bin00", "bin01", "bin02", "bin03"]
+    assert graphs["bin00"] == ["5 operators, linears quantized: 0 of 1, f32 16,388 B, int64 24 B"] * 2
+    assert graphs["bin03"][0] and not graphs["bin03"][1]
+
+
 def test_commands(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     for arguments in ([files / "passes", "--block", "blocks.1"], [files / "a.onnx"], [files / "b.onnx"]):

@@ -65,10 +65,14 @@ def gain(index: int) -> float:
 
 
 def fill(
-    writer: BundleWriter, group: int = 1, branches: tuple[Branch, ...] = ("any",), weight: Array = WEIGHT
+    writer: BundleWriter,
+    group: int = 1,
+    branches: tuple[Branch, ...] = ("any",),
+    weight: Array = WEIGHT,
+    edges: tuple[float, ...] = EDGES,
 ) -> Bundle:
     """Write graphs, schedule and manifest into an open writer and commit."""
-    made = bins(branches)
+    made = bins(branches, edges)
     paths = [writer.add_graph(f"body.{one.name}", *graph(gain(one.index), group, weight)) for one in made]
     model, _ = graph(1.0, group, weight)
     identity = ModelIdentity(name="tiny", weight_hash="0", config={"patch_size": [1, 2, 2], "in_channels": 4})

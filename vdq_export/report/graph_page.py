@@ -22,7 +22,7 @@ from vdq_export.errors import VdqError
 from vdq_export.graphs import part as graph_part
 from vdq_export.graphs import view as graph_view
 from vdq_export.graphs.view import GraphView
-from vdq_export.inspect import Summary, bundle_graphs, summarize
+from vdq_export.inspect import GraphSummary, Summary, bundle_graphs, summarize
 from vdq_export.manifest import MANIFEST
 from vdq_export.report.environment import asset, fill
 
@@ -30,6 +30,8 @@ WHOLE = 250  # operators up to which a graph is drawn whole unless a block is na
 MOST = 1500  # operators of one picture: beyond that nobody sees anything
 ROWS = 1500  # changes listed; the rest is in --json
 PICTURES = 6  # parts of a comparison that are drawn; the others are named
+
+Row = tuple[str, str, str]  # what, of the first, of the second
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,13 @@ def diff_page(a: Path, b: Path, block: str | None = None) -> bytes:
     """
     difference = diff(a, b)
     steps, rest, where = _drawn(a, b, difference, block)
-    facts = _facts(summarize(a), summarize(b))
+    summaries = (summarize(a), summarize(b))
     values = {
         "title": f"{a.resolve().name} and {b.resolve().name}",
         "names": (a.resolve().name, b.resolve().name),
         "difference": difference,
-        "facts": facts,
+        "facts": _facts(*summaries),
+        "graphs": _graphs(a, b, summaries),
         "changes": difference.changes[:ROWS],
         "left_out": max(len(difference.changes) - ROWS, 0),
         "steps": steps,
@@ -257,23 +260,47 @@ def _about(
     }
 
 
-def _facts(a: Summary, b: Summary) -> list[tuple[str, str, str]]:
-    """(what, of the first, of the second)"""
+def _facts(a: Summary, b: Summary) -> list[Row]:
+    """What the two are: bundles as a whole (their graphs have a table of their own), graphs in full."""
     sides = []
     for one in (a, b):
-        first = one.graphs[0]
-        graph: Mapping[str, str] = {
-            "operators": str(sum(first.ops.values())),
-            "linears quantized": f"{first.linears_quantized} of {first.linears}",
-            "inputs": ", ".join(f"{name} {kind}" for name, kind in first.inputs.items()),
-            "outputs": ", ".join(f"{name} {kind}" for name, kind in first.outputs.items()),
-            "parameters": ", ".join(f"{kind} {count:,} B" for kind, count in first.param_bytes.items()),
-        }
-        bundle = {"model": one.model, "target": one.target, "recipe": one.recipe, "graphs": str(len(one.graphs))}
-        prefix = f"{first.name}: " if one.what == "bundle" else ""
-        facts = bundle if one.what == "bundle" else {}
-        sides.append({**facts, "size": f"{one.size:,} B", **{f"{prefix}{key}": text for key, text in graph.items()}})
+        if one.what == "bundle":
+            facts = {"model": one.model, "target": one.target, "recipe": one.recipe, "graphs": str(len(one.graphs))}
+        else:
+            facts = _graph_facts(one.graphs[0])
+        sides.append({**facts, "size": f"{one.size:,} B"})
     return [(key, sides[0].get(key, ""), sides[1].get(key, "")) for key in dict.fromkeys((*sides[0], *sides[1]))]
+
+
+def _graph_facts(graph: GraphSummary) -> dict[str, str]:
+    return {
+        "operators": str(sum(graph.ops.values())),
+        "linears quantized": f"{graph.linears_quantized} of {graph.linears}",
+        "inputs": ", ".join(f"{name} {kind}" for name, kind in graph.inputs.items()),
+        "outputs": ", ".join(f"{name} {kind}" for name, kind in graph.outputs.items()),
+        "parameters": ", ".join(f"{kind} {count:,} B" for kind, count in graph.param_bytes.items()),
+    }
+
+
+def _graphs(a: Path, b: Path, summaries: tuple[Summary, Summary]) -> list[Row]:
+    """Of two bundles, a row a pair of graphs, as diff() pairs them; of two graphs nothing."""
+    if any(one.what != "bundle" for one in summaries):
+        return []
+    sides = [{one.name: one for one in summary.graphs} for summary in summaries]
+    pairs = pair_graphs(*(Bundle.open(path, verify_hashes=False) for path in (a, b)))
+    return [
+        (
+            label,
+            "" if old is None else _in_short(sides[0][label.partition(" -> ")[0]]),
+            "" if new is None else _in_short(sides[1][label.rpartition(" -> ")[2]]),
+        )
+        for label, old, new in pairs
+    ]
+
+
+def _in_short(graph: GraphSummary) -> str:
+    facts = _graph_facts(graph)
+    return f"{facts['operators']} operators, linears quantized: {facts['linears quantized']}, {facts['parameters']}"
 
 
 def _render(template: str, values: Mapping[str, Any]) -> bytes:
