@@ -98,7 +98,6 @@ def bisect(
             hint="give its Model a sampler; `vdq-export verify` compares layers without one",
         )
     found, calls = candidates(bundle, model, reporter)
-    every = frozenset(one.place for one in found)
     with reporter.stage("float clips") as advance:
         trials = Trials(bundle, model, found, clips, advance)
     with closing(trials):
@@ -115,28 +114,13 @@ def bisect(
         )
         if before >= wanted:
             return told
-        decibels = {every: trials(every)}
-        told = replace(told, outcome="unreachable", runs=trials.runs, float_db=decibels[every])
-        if decibels[every] < wanted:
+        best = trials(one.place for one in found)
+        told = replace(told, outcome="unreachable", runs=trials.runs, float_db=best)
+        if best < wanted:
             return replace(told, note=_ahead(bundle), seconds=time.perf_counter() - begun)
         falls, whole = effects(bundle, found, calls, reporter)
-        with reporter.stage("search") as advance:
-
-            def error(places: frozenset[Place]) -> float:
-                decibels[places] = trials(places)
-                advance(trials.runs, None)
-                reporter.note(f"{len(places)} in float: {decibels[places]:.2f} dB")
-                return _error(decibels[places])
-
-            places, minimal = search(
-                falls,
-                error,
-                start=_error(before),
-                floor=_error(decibels[every]),
-                allowed=_error(wanted),
-                runs=runs,
-            )
-    told_effects = tuple(
+        places, fixed, minimal = _searched(trials, falls, (before, wanted, best), runs, reporter)
+    every = tuple(
         Effect(layer=place.layer, bin=place.bin, effect=fall, share=fall / whole if whole else 0.0)
         for place, fall in sorted(falls.items(), key=lambda one: -one[1])
     )
@@ -146,15 +130,39 @@ def bisect(
         outcome="fixed",
         runs=trials.runs,
         seconds=time.perf_counter() - begun,
-        fixed_db=decibels[places],
-        members=tuple(one for one in told_effects if Place(one.layer, one.bin) in places),
-        effects=told_effects,
+        fixed_db=fixed,
+        members=tuple(one for one in every if Place(one.layer, one.bin) in places),
+        effects=every,
         minimal=minimal,
         cost=cost(bundle, found, places),
         recipe=recipe,
         command=command(bundle, given if isinstance(given, str) else None, out) if recipe else "",
         note=note,
     )
+
+
+def _searched(
+    trials: Trials,
+    falls: dict[Place, float],
+    decibels: tuple[float, float, float],
+    runs: int,
+    reporter: Reporter,
+) -> tuple[frozenset[Place], float, bool]:
+    """(the set, its dB, whether no member can be left out). decibels: of the bundle, wanted, with all in float."""
+    before, wanted, best = decibels
+    known = {frozenset(falls): best}
+    with reporter.stage("search") as advance:
+
+        def error(places: frozenset[Place]) -> float:
+            known[places] = trials(places)
+            advance(trials.runs, None)
+            reporter.note(f"{len(places)} in float: {known[places]:.2f} dB")
+            return _error(known[places])
+
+        places, minimal = search(
+            falls, error, start=_error(before), floor=_error(best), allowed=_error(wanted), runs=runs
+        )
+    return places, known[places], minimal
 
 
 def _error(decibels: float) -> float:

@@ -12,7 +12,6 @@ from vdq_export import ort
 from vdq_export.bisect.candidates import Candidate, Place
 from vdq_export.bisect.float_layers import put_back
 from vdq_export.bundle import Bundle
-from vdq_export.errors import ModelError
 from vdq_export.graph import Graph
 from vdq_export.metrics import bounded, psnr_db
 from vdq_export.model import Model
@@ -36,11 +35,6 @@ class Trials:
     """
 
     def __init__(self, bundle: Bundle, model: Model, found: Sequence[Candidate], count: int, advance: Advance) -> None:
-        if model.sampler is None:
-            raise ModelError(
-                f"{model.name} has no sampler, so there are no clips to measure",
-                hint="give its Model a sampler; `vdq-export verify` compares layers without one",
-            )
         self._bundle, self._model = bundle, model
         self._linears = {one.place: one.linear for one in found}
         self._sessions: OrderedDict[tuple[int, frozenset[str]], onnxruntime.InferenceSession] = OrderedDict()
