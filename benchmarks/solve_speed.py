@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -136,7 +137,9 @@ def made(shape: Shape) -> Network:
         readers = tuple(name for name, (read, *_) in shape.layers.items() if read == value)
         values[value] = recorded(value, readers, activations(len(slots), k, index))
     record = CalibrationRecord("block", "m" * 64, graph.hash(), slots, values, len(slots))
-    return Network(graph, record, recipes.load(RECIPE), targets.load(TARGET).spec(None))
+    # Nothing follows any of these linears: a rule for the last layer would have them all.
+    recipe = msgspec.structs.replace(recipes.load(RECIPE), keep_float=())
+    return Network(graph, record, recipe, targets.load(TARGET).spec(None))
 
 
 def block(shape: Shape) -> Graph:
