@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,22 +54,22 @@ def prepared(settings: dict[str, Any]) -> tuple[Any, Any]:
     from vdq_export.trace import trace
 
     model = sources.resolve(f"{settings['place']}?frames=1&height=128&width=128&steps={len(TIMESTEPS)}")
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.example_inputs.items()}
-    model.trajectories = [trajectory(number, shapes) for number in range(TRAJECTORIES)]
+    model.trajectories = [trajectory(number, model.example_inputs) for number in range(TRAJECTORIES)]
     graph = trace(model)
     pipeline.run_passes(graph, pipeline.canonical("ort-int8"), PassContext())
     return graph, model
 
 
-def trajectory(number: int, shapes: dict[str, tuple[int, ...]]) -> list[Any]:
+def trajectory(number: int, like: Mapping[str, torch.Tensor]) -> list[Any]:
     generator = torch.Generator().manual_seed(number)
-    prompt = shapes["encoder_hidden_states"]
+    prompt = like["encoder_hidden_states"].shape
     texts = {branch: torch.randn(prompt, generator=generator) for branch in ("cond", "uncond")}
     made = []
     for t in TIMESTEPS:
-        latent = torch.randn(shapes["hidden_states"], generator=generator)
+        latent = torch.randn(like["hidden_states"].shape, generator=generator)
+        timestep = torch.tensor([t], dtype=like["timestep"].dtype)
         for branch, text in texts.items():
-            inputs = {"hidden_states": latent, "timestep": torch.tensor([t]), "encoder_hidden_states": text}
+            inputs = {"hidden_states": latent, "timestep": timestep, "encoder_hidden_states": text}
             made.append({"t": t, "branch": branch, "inputs": inputs})
     return made
 
