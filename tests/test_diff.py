@@ -293,11 +293,10 @@ def test_graph_with_a_cycle_or_a_hole() -> None:
         graph_view.from_proto(model)
 
 
-def test_bins_are_compared_with_those_of_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bins_are_compared_with_those_of_the_same_steps(tmp_path: Path) -> None:
     """Bin 1 of four is not bin 1 of three."""
-    four, three_bins = tiny_bundle.write(tmp_path / "four"), tiny_bundle.bins(edges=(1000.0, 500.0, 250.0, 0.0))
-    monkeypatch.setattr(tiny_bundle, "bins", lambda branches: three_bins)
-    three = tiny_bundle.write(tmp_path / "three")
+    four = tiny_bundle.write(tmp_path / "four")
+    three = tiny_bundle.write(tmp_path / "three", edges=(1000.0, 500.0, 250.0, 0.0))
     assert [label for label, _, new in pair_graphs(four, three) if new is None] == ["bin01"]
     found = diff(four.path, three.path)
     assert [(x.kind, x.where, x.detail) for x in found.changes if x.kind == "removed"] == [
