@@ -64,11 +64,10 @@ class Budget:
     def parse(text: str) -> Budget:
         """Raises RecipeError, with examples, for what is no budget."""
         found = _BUDGET.fullmatch(text.strip())
-        name = text.partition("=")[0].strip().lower()
-        if found is None and name not in _UNITS:
-            raise RecipeError(f"--budget {text}: not a budget", hint=f"{EXAMPLES}; {nearest(name, _UNITS)}")
         if found is None or found[3].lower() not in _UNITS[found[1].lower()] or float(found[2]) <= 0:
-            raise RecipeError(f"--budget {text}: not a budget", hint=EXAMPLES)
+            name = text.partition("=")[0].strip().lower()
+            hint = EXAMPLES if name in _UNITS else f"{EXAMPLES}; {nearest(name, _UNITS)}"
+            raise RecipeError(f"--budget {text}: not a budget", hint=hint)
         kind: Any = found[1].lower()
         return Budget(kind, float(found[2]))
 

@@ -286,16 +286,11 @@ def _graphs(a: Path, b: Path, summaries: tuple[Summary, Summary]) -> list[Row]:
     """Of two bundles, a row a pair of graphs, as diff() pairs them; of two graphs nothing."""
     if any(one.what != "bundle" for one in summaries):
         return []
-    sides = [{one.name: one for one in summary.graphs} for summary in summaries]
-    pairs = pair_graphs(*(Bundle.open(path, verify_hashes=False) for path in (a, b)))
-    return [
-        (
-            label,
-            "" if old is None else _in_short(sides[0][label.partition(" -> ")[0]]),
-            "" if new is None else _in_short(sides[1][label.rpartition(" -> ")[2]]),
-        )
-        for label, old, new in pairs
-    ]
+    bundles = tuple(Bundle.open(path, verify_hashes=False) for path in (a, b))
+    known: dict[Path | None, str] = {None: ""}  # a graph without a counterpart stands beside nothing
+    for bundle, summary in zip(bundles, summaries, strict=True):
+        known |= zip(bundle_graphs(bundle).values(), map(_in_short, summary.graphs), strict=True)
+    return [(label, known[old], known[new]) for label, old, new in pair_graphs(*bundles)]
 
 
 def _in_short(graph: GraphSummary) -> str:
